@@ -1,0 +1,306 @@
+"""The index of webdataset tars: an Arrow IPC file beside each, uncompressed, to be memory-mapped. One row a sample.
+
+It is built from the tar's headers: nothing is extracted, and no header is trusted. What cannot be used is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+
+from data_pipelines.errors import DataError
+from data_pipelines.video import Undecodable, probe
+
+MEDIA = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "jpg", "jpeg", "png", "webp"})
+LATENTS = "safetensors"
+MEMBER_MAX = 1 << 31  # bytes
+NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's rule: the key ends at the first dot of the last part
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("kind", pa.string()),
+        ("frames", pa.int32()),
+        ("fps", pa.float64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("caption_tokens", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the index. length: from the sample's first tar header to the end of its last member's padding."""
+
+    key: str
+    offset: int  # of the first tar header, in bytes
+    length: int
+    kind: Literal["video", "image", "latent"]
+    frames: int
+    fps: float  # 0 for an image
+    height: int
+    width: int
+    caption_tokens: int  # -1: unknown
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sample of a tar that is not in the index; an empty key stands for the tar itself. Reasons can be counted."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Member:
+    key: str
+    suffix: str
+    start: int  # of its header
+    data: int  # of its content
+    size: int
+    end: int  # of its padding
+    refused: str | None
+
+
+class TornTar(Exception):
+    """The tar cannot be followed any further. The message is the reason, without the file's name."""
+
+
+def members(file: BinaryIO, size: int, *, end_mark: bool) -> Iterator[Member]:
+    """The members of a tar of `size` bytes; directories are passed over. Raises `TornTar`.
+
+    end_mark: the zero blocks that end a tar must be there (a piece of a tar has none).
+    """
+    position = -1
+    try:
+        tar: Any = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it holds nothing but `file`
+        while (info := tar.next()) is not None:
+            tar.members = []  # else it keeps every header
+            end = info.offset_data + -(-info.size // 512) * 512
+            if info.offset <= position or end < info.offset_data:
+                raise TornTar("damaged tar header")  # it would lead backwards, for ever
+            position = info.offset
+            if info.isdir():
+                continue
+            match = NAME.fullmatch(info.name)
+            key, suffix = (match[1], match[2].lower()) if match else (info.name, "")
+            yield Member(key, suffix, info.offset, info.offset_data, info.size, end, _refusal(info, suffix))
+            if end > size:
+                raise TornTar("truncated tar")
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as error:
+        raise TornTar("damaged tar header" if position >= 0 else "not a plain tar") from error
+    file.seek(tar.offset)
+    mark = file.read(1024)
+    if len(mark) < 512 and (mark or end_mark):
+        raise TornTar("truncated tar")
+    if mark.strip(b"\0"):
+        raise TornTar("damaged tar header")
+
+
+def _refusal(info: tarfile.TarInfo, suffix: str) -> str | None:
+    if info.name.startswith("/") or ".." in info.name.split("/"):
+        return "unsafe path"
+    if not info.isreg() or info.issparse():
+        return "link, device or sparse member"
+    if not suffix or not info.name.isprintable():  # what is not UTF-8 comes as surrogates, which are not printable
+        return "no key and suffix in the name"
+    if info.size > MEMBER_MAX:
+        return "member too large"
+    return None
+
+
+def scan_tar(path: Path) -> tuple[list[Row], list[Problem]]:
+    """The index of a tar, by its headers and its KEY.json. Only a sample without usable KEY.json is decoded.
+
+    A sample is a run of members of one key, as in webdataset. One that has a refused member is refused as a whole.
+    """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        seen: set[str] = set()
+        for group in _groups(members(file, size, end_mark=True), problems):
+            found = _index(file, group, size)
+            if isinstance(found, Row) and found.key in seen:
+                found = Problem(found.key, "duplicate key")
+            if isinstance(found, Row):
+                seen.add(found.key)
+                rows.append(found)
+            else:
+                problems.append(found)
+    return rows, sorted(problems, key=lambda problem: problem.key == "")
+
+
+def _groups(found: Iterator[Member], problems: list[Problem]) -> Iterator[list[Member]]:
+    """Runs of members of one key. Where the tar is torn, what was complete before still comes."""
+    group: list[Member] = []
+    try:
+        for member in found:
+            if group and group[0].key != member.key:
+                yield group
+                group = []
+            group.append(member)
+    except TornTar as error:
+        problems.append(Problem("", str(error)))
+    if group:
+        yield group
+
+
+def _index(file: BinaryIO, group: list[Member], size: int) -> Row | Problem:
+    """The members of one key -> its row, or why it has none."""
+    key = group[0].key
+    refused = next((member.refused for member in group if member.refused), None)
+    if refused:
+        return Problem(key, refused)
+    if group[-1].end > size:
+        return Problem(key, "cut off")
+    by_suffix = {member.suffix: member for member in group}
+    if len(by_suffix) < len(group):
+        return Problem(key, "two members of one name")
+
+    def content(suffix: str) -> bytes:
+        file.seek(by_suffix[suffix].data)
+        return file.read(by_suffix[suffix].size)
+
+    media = [suffix for suffix in by_suffix if suffix in MEDIA or suffix == LATENTS]
+    if len(media) != 1:
+        return Problem(key, "more than one video, image or latents" if media else "no video, image or latents")
+    if media[0] != LATENTS and ("txt" not in by_suffix or not content("txt").strip()):
+        return Problem(key, "no caption")
+    about = read_metadata(content("json")) if "json" in by_suffix else None
+    if about is None:
+        if media[0] == LATENTS:
+            return Problem(key, "no metadata")
+        try:
+            about = asdict(probe(content(media[0])))
+        except Undecodable:
+            return Problem(key, "undecodable")
+    tokens = about.get("caption_tokens", -1)
+    return Row(
+        key=key,
+        offset=group[0].start,
+        length=group[-1].end - group[0].start,
+        kind=about["kind"],
+        frames=about["frames"],
+        fps=float(about["fps"]),
+        height=about["height"],
+        width=about["width"],
+        caption_tokens=tokens if _is_count(tokens) else -1,
+    )
+
+
+def read_metadata(content: bytes) -> dict[str, Any] | None:
+    """A KEY.json that has all that the index needs (kind, frames, fps, height, width), else None."""
+    try:
+        about = json.loads(content)
+        good = about["kind"] in ("video", "image", "latent") and math.isfinite(about["fps"]) and about["fps"] >= 0
+        good = good and all(_is_count(about[name]) and about[name] > 0 for name in ("frames", "height", "width"))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return about if good else None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def index_shard(tar: Path) -> dict[str, Any]:
+    """Scans one tar and writes its index beside it.
+
+    Returns {"samples", "problems": {reason: count}, "examples": {reason: [keys]}}.
+    """
+    rows, problems = scan_tar(tar)
+    write_index(rows, tar.with_suffix(".arrow"))
+    examples: dict[str, list[str]] = {}
+    for problem in problems:
+        kept = examples.setdefault(problem.reason, [])
+        if len(kept) < 5:
+            kept.append(f"{tar.name}:{problem.key}")
+    counts = Counter(problem.reason for problem in problems)
+    return {"samples": len(rows), "problems": dict(sorted(counts.items())), "examples": examples}
+
+
+def index_directory(directory: Path, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """`index_shard` for every tar of a directory; progress(done, all, name). One report over all, with "shards".
+
+    Raises `DataError` where there is no tar or no usable sample.
+    """
+    tars = list_tars(directory)
+    report: dict[str, Any] = {"shards": len(tars), "samples": 0, "problems": {}, "examples": {}}
+    for done, tar in enumerate(tars):
+        progress(done, len(tars), tar.name)
+        one = index_shard(tar)
+        report["samples"] += one["samples"]
+        for reason, count in one["problems"].items():
+            report["problems"][reason] = report["problems"].get(reason, 0) + count
+            report["examples"][reason] = (report["examples"].get(reason, []) + one["examples"][reason])[:5]
+    progress(len(tars), len(tars), "")
+    if not report["samples"]:
+        raise DataError(f"{directory}: no usable sample in {len(tars)} tars ({describe(report['problems'])})")
+    return report
+
+
+def describe(counts: dict[str, int]) -> str:
+    """{"no caption": 2, "cut off": 1} -> "no caption 2, cut off 1"."""
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "nothing found"
+
+
+def list_tars(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory")
+    tars = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
+    if not tars:
+        raise DataError(f"{directory}: no shard (*.tar) in it")
+    return tars
+
+
+def write_index(rows: list[Row], path: Path) -> None:
+    columns = list(zip(*map(astuple, rows), strict=True)) if rows else [()] * len(SCHEMA)
+    table = pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+    )
+    hidden = path.with_name(f".{path.name}.tmp")
+    with hidden.open("wb") as file:
+        with pa.ipc.new_file(file, SCHEMA) as writer:
+            writer.write_table(table.combine_chunks())
+        sync(file)
+    hidden.replace(path)
+    sync_directory(path.parent)
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_index(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise DataError(f"{path}: missing; `megasora index` writes the index of a tar")
+    try:
+        with pa.memory_map(str(path)) as file:  # the mapping outlives the file
+            table = pa.ipc.open_file(file).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged index; write it again with `megasora index`") from error
+    if table.schema != SCHEMA:
+        raise DataError(f"{path}: an index with other columns; write it again with `megasora index`")
+    return table

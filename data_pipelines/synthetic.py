@@ -1,0 +1,48 @@
+"""Latents drawn at random for every bucket: what a benchmark reads when it has no files."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import torch
+from safetensors.torch import save
+
+from data_pipelines.buckets import BucketConfig, buckets_of
+
+
+class SyntheticLatents:
+    """As many samples of each bucket; stands where a `ShardSet` of latents would. Noise of unit variance, as good as any."""
+
+    PER_BUCKET = 8
+
+    def __init__(
+        self, buckets: list[BucketConfig], channels: int, compression: tuple[int, int, int], text: tuple[int, int]
+    ) -> None:
+        self.directory = Path("synthetic")
+        self.channels, self.compression, self.text = channels, compression, text
+        every = sorted({bucket for config in buckets for bucket in buckets_of(config)})
+        self.rows = [bucket for bucket in every for _ in range(self.PER_BUCKET)]
+        columns = {
+            "frames": [bucket.frames for bucket in self.rows],
+            "height": [bucket.height for bucket in self.rows],
+            "width": [bucket.width for bucket in self.rows],
+            "caption_tokens": [text[0]] * len(self.rows),
+        }
+        self.table = pyarrow.table(columns)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        return f"synthetic-{index:06d}"
+
+    def read(self, index: int) -> dict[str, bytes]:
+        bucket, (t, h, w) = self.rows[index], self.compression
+        shape = (self.channels, 1 + (bucket.frames - 1) // t, bucket.height // h, bucket.width // w)
+        generator = torch.Generator().manual_seed(index)
+        tensors = {
+            "mean": torch.randn(shape, generator=generator),
+            "logvar": torch.full(shape, -6.0),
+            "text": torch.randn(self.text, generator=generator),
+        }
+        return {"safetensors": save(tensors), "json": json.dumps({"temporal_compression": t}).encode()}

@@ -1,0 +1,3 @@
+from megasora.cli import console
+
+console()

@@ -1,0 +1,173 @@
+"""The benchmark of a training step: the trainer's own engine, loader and micro-batches, each part timed apart."""
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipelines.loader import LatentSource
+from data_pipelines.shards import ShardSet
+from data_pipelines.synthetic import SyntheticLatents
+from megasora import __version__
+from megasora.build import build_engine, build_loader, build_recipe, check_fit
+from megasora.config import Config, to_dict
+from megasora.encoders import LatentFacts, open_facts
+from megasora.errors import CheckFailed, ConfigError
+from megasora.microbatch import build_microbatch, squared_error
+from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synchronize
+from megasora.observe.logs import log
+from megasora.parallel.mesh import Processes, processes
+
+TEXT_TOKENS = 64  # of a synthetic caption
+PARTS = ("data_wait", "microbatch", "forward_backward", "clip", "update")
+
+
+def bench(config: Config, synthetic: bool) -> dict[str, Any]:
+    """Runs bench.warmup + bench.steps updates of the first stage; all ranks return the same result.
+
+    Times are the main process's medians. A step's FLOPs are the closed form of its samples; `mfu` is over the device's dense
+    peak, `mfu_gemm` over the best matrix product of this very run.
+    """
+    with processes(config.parallel.layout) as group:
+        source, facts = open_source(config, synthetic)
+        check_fit(config, group, facts)
+        engine = build_engine(config, group)
+        loader = build_loader(config, group, source, facts, config.stages[0], 0, {})
+        recipe = build_recipe(config, group, facts, config.stages[0], 0)
+        batches = loader.batches(0)
+        precision = config.precision.precision
+        peak, gemm = device_peak(group.device, precision), gemm_peak(group.device, precision)
+        steps: list[dict[str, float]] = []
+        loss = 0.0
+        for number in range(config.bench.warmup + config.bench.steps):
+            clock = Clock(group.device)
+            batch = next(batches)
+            clock.lap("data_wait")
+            rows = [build_microbatch(samples, recipe) for samples in batch.rows]
+            clock.lap("microbatch")
+            loss = engine.forward_backward(rows, squared_error).item()
+            clock.lap("forward_backward")
+            engine.clip().item()
+            clock.lap("clip")
+            engine.update(config.optim.lr)
+            clock.lap("update")
+            log.info("bench: step %d/%d %.3f s", number + 1, config.bench.warmup + config.bench.steps, clock.total)
+            if number >= config.bench.warmup:
+                seconds = clock.total
+                steps.append(
+                    {**clock.laps, "step_time_s": seconds, "tokens": batch.tokens, "imbalance": batch.imbalance,
+                     "tokens_per_s": batch.tokens / seconds,
+                     "tflops_per_device": batch.cost / seconds / group.world / 1e12}
+                )  # fmt: skip
+        batches.close()
+        return report(config, group, steps, loss, peak, gemm, synthetic)
+
+
+def open_source(config: Config, synthetic: bool) -> tuple[LatentSource, LatentFacts]:
+    """The latents of data.path, or drawn ones that fit the model."""
+    if not synthetic:
+        return ShardSet.open(Path(config.data.path)), open_facts(Path(config.data.path))
+    compression = config.vae.compression
+    manifest = {"channels": config.model.channels, "compression": list(compression)}
+    buckets = [stage.buckets for stage in config.stages]
+    text = (TEXT_TOKENS, config.model.text_width)
+    source = SyntheticLatents(buckets, config.model.channels, compression, text)
+    return source, LatentFacts(manifest, torch.zeros(1, config.model.text_width))
+
+
+class Clock:
+    """Wall time of the parts of one step, the device being waited for at the end of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.laps = device, dict[str, float]()
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+    @property
+    def total(self) -> float:
+        return sum(self.laps.values())
+
+
+def report(
+    config: Config,
+    group: Processes,
+    steps: list[dict[str, float]],
+    loss: float,
+    peak: float,
+    gemm: float,
+    synthetic: bool,
+) -> dict[str, Any]:
+    """The result, with the names of metrics.jsonl at the top."""
+    median = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    times = sorted(step["step_time_s"] for step in steps)
+    result = {
+        "schema": 1, "step_time_s": median["step_time_s"], "data_wait_s": median["data_wait"],
+        "tokens_per_s": median["tokens_per_s"], "tflops_per_device": median["tflops_per_device"],
+        "mfu": median["tflops_per_device"] * 1e12 / peak, "mfu_gemm": median["tflops_per_device"] * 1e12 / gemm,
+        "imbalance": median["imbalance"], "tokens": median["tokens"], "samples": config.data.global_batch, "loss": loss,
+        "peak_memory_bytes": peak_memory(group.device), "world": group.world, "layout": str(group.layout),
+        "spread": {"min": times[0], "max": times[-1], "quartiles": statistics.quantiles(times, n=4) if times[1:] else []},
+        "parts": {name: median[name] for name in PARTS}, "peak_flops": peak, "gemm_flops": gemm,
+        "steps": len(steps), "data": "synthetic" if synthetic else config.data.path, "config": to_dict(config),
+        "machine": {"device": device_name(group.device), "threads": torch.get_num_threads(),
+                    "python": platform.python_version(), "torch": torch.__version__, "megasora": __version__},
+    }  # fmt: skip
+    shared = [result]
+    dist.broadcast_object_list(shared)
+    result = shared[0]
+    if config.bench.output and group.is_main:
+        Path(config.bench.output).write_text(json.dumps(result, indent=1))
+    return result
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
+
+
+def compare(result: dict[str, Any], old_file: str) -> None:
+    """Raises CheckFailed when the step, in units of the same run's GEMM, got slower by more than both runs' quartile spread."""
+    try:
+        old = json.loads(Path(old_file).read_text())
+        before, after = (r["step_time_s"] * r["gemm_flops"] for r in (old, result))
+        noise = sum(
+            (r["spread"]["quartiles"][2] - r["spread"]["quartiles"][0]) / r["step_time_s"] for r in (old, result)
+        )
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"bench.against={old_file}: no result to compare with ({error!r})") from None
+    slower = after / before - 1
+    log.info("against %s: %+.1f %% (noise %.1f %%)", old_file, 100 * slower, 100 * noise)
+    if slower > max(noise, 0.03):
+        raise CheckFailed(
+            f"step_time_s: {100 * slower:.1f} % slower than {old_file}, beyond the noise of {100 * noise:.1f} %"
+        )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [
+        f"layout {result['layout']} on {result['world']} x {result['machine']['device']}, data {result['data']}",
+        f"step       {result['step_time_s']:9.4f} s   ({result['spread']['min']:.4f} to {result['spread']['max']:.4f}, "
+        f"{result['steps']} steps)",
+        *(f"  {name:<16} {s:9.4f} s {100 * s / result['step_time_s']:5.1f} %" for name, s in result["parts"].items()),
+        f"tokens/s   {result['tokens_per_s']:11,.0f}",
+        f"TFLOP/s    {result['tflops_per_device']:11.4f} per device",
+        f"MFU        {100 * result['mfu']:9.1f} %   of the device's peak, {100 * result['mfu_gemm']:.1f} % of a GEMM here",
+        f"imbalance  {result['imbalance']:11.3f}",
+        f"memory     {result['peak_memory_bytes'] / 2**30:9.2f} GiB",
+    ]
+    return "\n".join(lines)

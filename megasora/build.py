@@ -1,0 +1,113 @@
+"""What a config asks for, built: the engine, a stage's loader and recipe, the run directory, and the check that they fit."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipelines.buckets import Bucket, buckets_of
+from data_pipelines.loader import LatentLoader, LatentSource
+from megasora.checkpoint.directory import list_checkpoints
+from megasora.config import Config, Stage
+from megasora.encoders import LatentFacts
+from megasora.engines.torch_native import Engine, TorchNative
+from megasora.errors import ConfigError
+from megasora.microbatch import Recipe, tokens_of
+from megasora.models.flops import training_flops
+from megasora.models.video_dit import VideoDiT
+from megasora.observe.logs import start_logging
+from megasora.parallel.mesh import Processes
+from megasora.seeding import fold
+
+
+def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
+    """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
+    if config.model.channels != latents.channels:
+        raise ConfigError(f"model.channels={config.model.channels}: the latents have {latents.channels}")
+    text_width = latents.null_text.shape[1]
+    if config.model.text_width != text_width:
+        raise ConfigError(f"model.text_width={config.model.text_width}: the text embeddings have {text_width}")
+    batch, ranks, capacity = config.data.global_batch, group.layout.dp, config.data.capacity
+    if batch % ranks:
+        nearest = max(1, round(batch / ranks)) * ranks
+        raise ConfigError(
+            f"data.global_batch={batch}: {ranks} data-parallel ranks share it evenly; nearest is {nearest}"
+        )
+    unit = 128  # lcm(2 · tp · cp, 128) of the layouts there are
+    largest = max(
+        tokens_of(bucket, latents.compression, config.model.patch)
+        for stage in config.stages
+        for bucket in buckets_of(stage.buckets)
+    )
+    if capacity % unit or capacity < largest:
+        nearest = -(-max(capacity, largest) // unit) * unit
+        raise ConfigError(
+            f"data.capacity={capacity}: a multiple of {unit} that holds the largest bucket, {largest} tokens; "
+            f"nearest is {nearest}"
+        )
+
+
+def open_run_directory(config: Config, group: Processes) -> Path:
+    """Creates run.dir and starts the logs. Raises ConfigError when run.resume=none meets the checkpoints of a run."""
+    run = Path(config.run.dir)
+    if config.run.resume == "none" and list_checkpoints(run / "checkpoints"):
+        raise ConfigError(f"run.resume=none: {run} has checkpoints; give another run.dir, or run.resume=auto to go on")
+    dist.barrier()  # nobody creates before everybody has looked
+    run.mkdir(parents=True, exist_ok=True)
+    start_logging(run, group.rank)
+    return run
+
+
+def build_engine(config: Config, group: Processes) -> Engine:
+    """The model on the layout of the group, its weights drawn from the run's seed."""
+    if config.run.determinism == "bitwise":
+        torch.use_deterministic_algorithms(True)
+    build = partial(VideoDiT, config.model, config.model.attention)
+    return TorchNative(build, fold(config.run.seed, "weights"), group, config.precision, config.optim)
+
+
+def build_loader(
+    config: Config,
+    group: Processes,
+    shards: LatentSource,
+    latents: LatentFacts,
+    stage: Stage,
+    segment: int,
+    obey: dict[int, dict[int, str]],
+) -> LatentLoader:
+    """The stage's view of the data, balanced by the model's own tokens and FLOPs."""
+
+    def tokens(bucket: Bucket) -> int:
+        return tokens_of(bucket, latents.compression, config.model.patch)
+
+    def cost(bucket: Bucket, text_tokens: int) -> float:
+        return float(training_flops(config.model, tokens(bucket), text_tokens))
+
+    return LatentLoader(
+        shards,
+        stage.buckets,
+        config.data,
+        seed=fold(config.run.seed, "order", segment),
+        tokens_of=tokens,
+        cost_of=cost,
+        rank=group.data_rank,
+        ranks=group.layout.dp,
+        obey=obey.get(segment, {}),
+    )
+
+
+def build_recipe(config: Config, group: Processes, latents: LatentFacts, stage: Stage, segment: int) -> Recipe:
+    """How the stage's samples become training pairs."""
+    return Recipe(
+        seed=config.run.seed,
+        segment=segment,
+        flow=config.flow,
+        shift=stage.shift,
+        drop_captions=stage.drop_captions,
+        null_text=latents.null_text.to(group.device),
+        patch=config.model.patch,
+        capacity=config.data.capacity,
+        global_batch=config.data.global_batch,
+        device=group.device,
+    )

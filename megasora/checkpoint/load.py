@@ -1,0 +1,136 @@
+"""Loads a checkpoint: first every file is checked, then that its tensors fit, and only then is anything overwritten."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megasora.checkpoint import manifest
+from megasora.checkpoint.directory import newest_first
+from megasora.checkpoint.manifest import FACTS, Problem, damage, read_checked
+from megasora.checkpoint.metadata import CheckedReader, SavedTensor, read_metadata, saved_tensors
+from megasora.checkpoint.ranks import Ranks, failure_of_dcp
+from megasora.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to resume from (None: start anew), and the newer checkpoints that were passed over, with what is wrong."""
+
+    path: Path | None
+    rejected: dict[Path, list[Problem]]
+
+
+def load(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str | tuple[str, ...] = "") -> dict[str, Any]:
+    """Fills `tensors` in place from the checkpoint at `path` and returns its facts. All ranks call it.
+
+    The tensors may be sharded otherwise than when they were saved. Values are cast to their type. Together the ranks
+    must pass exactly the names that the checkpoint has under `prefix`; others in the checkpoint are left alone.
+
+    CheckpointError on all ranks, with `tensors` untouched, if a file is damaged or a tensor is missing, unexpected or
+    of another shape. Should reading fail later (the disk), `tensors` are partly filled and the error says so.
+    """
+    ranks = Ranks()
+    problems = verify(path)
+    if problems:
+        raise damage(path, problems)
+    what = f"loading {path}"
+    facts = ranks.every(what, lambda: read_facts(path))
+    metadata = ranks.every(what, lambda: read_metadata(path))
+    _check_fit(path, saved_tensors(metadata), tensors, prefix, ranks)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(dict(tensors), storage_reader=CheckedReader(path, metadata), planner=planner)
+    except CheckpointException as failure:  # a BaseException
+        reason = failure_of_dcp(failure)
+        raise CheckpointError(f"{what}: failed half-way, the tensors are not usable: {reason}") from failure
+    return facts
+
+
+def verify(path: Path) -> list[Problem]:
+    """Compares all files of a checkpoint with its manifest, the work divided over the ranks. All ranks call it."""
+    ranks = Ranks()
+    share = ranks.every(f"verifying {path}", lambda: manifest.verify(path, rank=ranks.rank, world=ranks.world))
+    shares = ranks.gather(share)
+    return sorted((problem for share in shares for problem in share), key=lambda problem: problem.file)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts that were saved with a checkpoint. CheckpointError if they are missing or damaged."""
+    try:
+        facts = json.loads(read_checked(path, FACTS))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / FACTS}: not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path / FACTS}: not an object")
+    return facts
+
+
+def resume_path(root: Path, resume: str) -> Resume:
+    """What `run.resume` means for the checkpoints under `root`. All ranks call it.
+
+    `auto`: the newest checkpoint that verifies, or none where none was ever saved. `none`: start anew. Anything else is
+    the path of one checkpoint. CheckpointError if that one is damaged, and if `auto` finds only damaged ones.
+    """
+    if resume == "none":
+        return Resume(None, {})
+    if resume != "auto":
+        problems = verify(Path(resume))
+        if problems:
+            raise damage(Path(resume), problems)
+        return Resume(Path(resume), {})
+    rejected: dict[Path, list[Problem]] = {}
+    candidates = Ranks().first(f"listing {root}", lambda: [info.path for info in newest_first(root)])
+    for path in candidates:
+        problems = verify(path)
+        if not problems:
+            return Resume(path, rejected)
+        rejected[path] = problems
+    if rejected:
+        newest = damage(*next(iter(rejected.items())))
+        raise CheckpointError(f"{root}: no good checkpoint, set run.resume=none to start anew; the newest is {newest}")
+    return Resume(None, {})
+
+
+def _check_fit(
+    path: Path,
+    saved: dict[str, SavedTensor],
+    tensors: Mapping[str, torch.Tensor],
+    prefix: str | tuple[str, ...],
+    ranks: Ranks,
+) -> None:
+    """Compares names and shapes over all ranks, which need not pass the same names (pipeline stages do not)."""
+    wrong = [complaint for name, tensor in tensors.items() if (complaint := _misfit(name, tensor, saved.get(name)))]
+    required = [name for name in saved if name.startswith(prefix)]
+    asked = sum(1 << bit for bit, name in enumerate(required) if name in tensors)  # a bit a name: small to gather
+    asked_anywhere = 0
+    complaints: list[str] = []
+    for of_rank, asked_there in ranks.gather((wrong[:3], asked)):
+        asked_anywhere |= asked_there
+        complaints += [complaint for complaint in of_rank if complaint not in complaints]
+    unexpected = [name for bit, name in enumerate(required) if not asked_anywhere >> bit & 1]
+    complaints += [f"{name}: in the checkpoint but not wanted" for name in unexpected]
+    if complaints:
+        more = f"; and {len(complaints) - 3} more" if len(complaints) > 3 else ""
+        raise CheckpointError(f"{path}: does not fit: {'; '.join(complaints[:3])}{more}")
+
+
+def _misfit(name: str, tensor: torch.Tensor, saved: SavedTensor | None) -> str | None:
+    if saved is None:
+        return f"{name}: not in the checkpoint"
+    if tuple(tensor.shape) != saved.shape:
+        return f"{name}: {list(saved.shape)} in the checkpoint, {list(tensor.shape)} wanted"
+    if tensor.is_floating_point() != saved.dtype.is_floating_point:
+        return f"{name}: {saved.dtype} in the checkpoint, {tensor.dtype} wanted"
+    if tensor.is_meta:
+        return f"{name}: is on the meta device, nothing can be loaded into it"
+    return None

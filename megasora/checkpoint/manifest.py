@@ -1,0 +1,211 @@
+"""What a checkpoint directory holds: `manifest.json` with size and checksum of every file, and the check against it."""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megasora.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FACTS = "facts.json"
+FORMAT = 1
+_CHUNK = 4 << 20  # bytes read at once
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size in bytes and xxh3_64 (16 hexadecimal digits) of one file."""
+
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files that make one checkpoint. `time` is when it was completed, in seconds of the Unix clock."""
+
+    step: int
+    time: int
+    files: dict[str, FileSum]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a checkpoint: the file's name in its directory, and what is wrong with it."""
+
+    file: str
+    reason: str
+
+
+def step_name(step: int) -> str:
+    """The name of a step's directory."""
+    return f"step-{step:08d}"
+
+
+def write_file(path: Path, data: bytes) -> FileSum:
+    """Writes a small file and waits until it is on disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileSum(len(data), xxhash.xxh3_64_hexdigest(data))
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the names in a directory are on disk. fsync of a file does not promise that."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> FileSum:
+    """Writes `value` as JSON. ValueError or TypeError if it is none (a NaN, a tensor)."""
+    return write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, the last file of a checkpoint."""
+    files = {name: {"size": found.size, "xxh3": found.xxh3} for name, found in sorted(manifest.files.items())}
+    body = {"format": FORMAT, "step": manifest.step, "time": manifest.time, "files": files}
+    write_file(directory / MANIFEST, _sealed(body))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks `manifest.json`. CheckpointError if it is missing or damaged."""
+    try:
+        return _parse((directory / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory / MANIFEST}: missing, so this is no complete checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: {error}") from error
+
+
+def read_checked(directory: Path, name: str) -> bytes:
+    """The bytes of one small file of a checkpoint, checked against the manifest. CheckpointError names the file."""
+    expected = read_manifest(directory).files.get(name)
+    if expected is None:
+        raise CheckpointError(f"{directory / name}: not in {MANIFEST}")
+    try:
+        data = (directory / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{directory / name}: cannot be read: {error.strerror}") from error
+    if FileSum(len(data), xxhash.xxh3_64_hexdigest(data)) != expected:
+        raise CheckpointError(f"{directory / name}: damaged, its checksum is not the one in {MANIFEST}")
+    return data
+
+
+def size_problem(directory: Path, name: str, expected: FileSum) -> Problem | None:
+    """What the file system alone can tell: a missing file, or one of another size."""
+    try:
+        found = (directory / name).stat()
+    except FileNotFoundError:
+        return Problem(name, "missing")
+    except OSError as error:
+        return Problem(name, f"cannot be read: {error.strerror}")
+    if not stat.S_ISREG(found.st_mode):
+        return Problem(name, "not a regular file")
+    if found.st_size != expected.size:
+        return Problem(name, f"{found.st_size} bytes instead of {expected.size}")
+    return None
+
+
+def verify(
+    directory: Path, *, rank: int = 0, world: int = 1, on_bytes: Callable[[int], object] | None = None
+) -> list[Problem]:
+    """Compares every file of a checkpoint with its manifest; an empty list means that it is good. Raises nothing.
+
+    Of `world` callers, each looks into its share of the files; `rank` 0 also reports on the manifest and on files that
+    are not in it. `on_bytes` is told the number of bytes read, from several threads.
+    """
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        return [Problem(MANIFEST, str(error).removeprefix(f"{directory / MANIFEST}: "))] if rank == 0 else []
+    problems = _misnamed(directory, manifest) + _foreign_files(directory, manifest) if rank == 0 else []
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    share = by_size[rank::world]
+    if share:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(share))) as threads:
+            found = threads.map(lambda name: _file_problem(directory, name, manifest.files[name], on_bytes), share)
+            problems += [problem for problem in found if problem is not None]
+    return sorted(problems, key=lambda problem: problem.file)
+
+
+def damage(directory: Path, problems: list[Problem]) -> CheckpointError:
+    """The error for a checkpoint that did not verify: one line with the first files."""
+    named = "; ".join(f"{problem.file}: {problem.reason}" for problem in problems[:3])
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return CheckpointError(f"{directory}: damaged: {named}{more}")
+
+
+def _sealed(body: dict[str, Any]) -> bytes:
+    """The manifest's text: `body` after the checksum of `body`'s own text."""
+    text = json.dumps(body, indent=1)
+    return (json.dumps({"xxh3": xxhash.xxh3_64_hexdigest(text.encode()), **body}, indent=1) + "\n").encode()
+
+
+def _parse(raw: bytes) -> Manifest:
+    """ValueError with the reason for anything but the exact bytes that `write_manifest` writes."""
+    try:
+        document = json.loads(raw)
+        claimed = document.pop("xxh3")
+        genuine = raw == _sealed(document)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        raise ValueError("damaged, not a manifest") from None
+    if not genuine:
+        raise ValueError(f"damaged, it does not have its own checksum {claimed}")
+    if document.get("format") != FORMAT:
+        raise ValueError(f"format {document.get('format')}, this version reads format {FORMAT}")
+    try:
+        files = {name: FileSum(int(entry["size"]), str(entry["xxh3"])) for name, entry in document["files"].items()}
+        manifest = Manifest(int(document["step"]), int(document["time"]), files)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise ValueError("not a manifest: it lacks step, time or files") from None
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise ValueError(f"names {outside[0]}, which is not a file of this directory")
+    return manifest
+
+
+def _misnamed(directory: Path, manifest: Manifest) -> list[Problem]:
+    if directory.name.startswith("step-") and directory.name != step_name(manifest.step):
+        return [Problem(MANIFEST, f"is that of step {manifest.step}")]
+    return []
+
+
+def _foreign_files(directory: Path, manifest: Manifest) -> list[Problem]:
+    try:
+        names = {entry.name for entry in directory.iterdir()} - {MANIFEST} - set(manifest.files)
+    except OSError as error:
+        return [Problem(".", f"cannot be listed: {error.strerror}")]
+    return [Problem(name, f"not in {MANIFEST}") for name in names]
+
+
+def _file_problem(
+    directory: Path, name: str, expected: FileSum, on_bytes: Callable[[int], object] | None
+) -> Problem | None:
+    problem = size_problem(directory, name, expected)
+    if problem is not None:
+        return problem
+    state = xxhash.xxh3_64()
+    buffer = memoryview(bytearray(min(_CHUNK, expected.size)))
+    try:
+        with (directory / name).open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                state.update(buffer[:count])
+                if on_bytes is not None:
+                    on_bytes(count)
+    except OSError as error:
+        return Problem(name, f"cannot be read: {error.strerror}")
+    return None if state.hexdigest() == expected.xxh3 else Problem(name, "damaged, its checksum differs")

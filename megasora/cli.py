@@ -1,0 +1,128 @@
+"""The verbs. Each lives in `megasora/verbs`, imported only when called; errors end here, as one line and an exit code."""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from data_pipelines.errors import DataError
+from megasora import __version__
+from megasora.errors import ConfigError, MegasoraError
+
+VERBS: dict[str, str] = {
+    "prepare": "raw videos, images and captions -> webdataset shards with an index",
+    "train-vae": "train the video VAE on the shards",
+    "encode": "shards -> latent shards, through the VAE and the text encoder",
+    "train": "train the generator on the latent shards",
+    "sample": "prompts -> mp4 and a contact sheet, from a checkpoint",
+    "bench": "measure the training step: a table and JSON",
+    "ckpt": "list and verify checkpoints",
+    "launch": "start a verb on several processes, keeping its exit code",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    parser = argparse.ArgumentParser(
+        prog="megasora",
+        usage="megasora VERB --config FILE [--section.key=value ...]",
+        description="Distributed pretraining of Sora-like video generators.\n\nverbs:\n" + "\n".join(lines),
+        epilog="`megasora VERB --help` shows a verb's keys and an example.\n"
+        "exit codes: 0 done, 1 a check failed, 2 usage or config, 3 data, 4 checkpoint, 75 stopped early, run again to go on",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megasora {__version__}")
+    parser.add_argument("verb", metavar="VERB", choices=VERBS, nargs="?")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; returns its exit code. Only the errors that are bugs leave as tracebacks."""
+    try:
+        if not argv or argv[0] not in VERBS:
+            return _no_verb(argv)
+        run_verb(argv)
+    except (MegasoraError, DataError) as error:
+        # A wrong config is wrong on every process alike: one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megasora: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run_verb(argv: list[str]) -> None:
+    """Parses the arguments of `argv[0]` and runs it."""
+    verb = importlib.import_module(f"megasora.verbs.{argv[0].replace('-', '_')}")
+    verb.run(parse_verb(argv))
+
+
+def parse_verb(argv: list[str]) -> argparse.Namespace:
+    """The verb's own options, `config_file` and, in `overrides`, everything of the form --section.key=value."""
+    name = argv[0]
+    verb = importlib.import_module(f"megasora.verbs.{name.replace('-', '_')}")
+    parser = _Parser(
+        prog=f"megasora {name}",
+        description=f"{verb.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.add_arguments(parser)
+    args, overrides = parser.parse_known_args(argv[1:])
+    args.overrides = overrides
+    return args
+
+
+def check_command(argv: list[str]) -> None:
+    """Raises ConfigError if `argv` (a verb and its arguments) cannot run: for launchers, before they start anything."""
+    if not argv or argv[0] not in VERBS or argv[0] == "launch":
+        raise ConfigError(f"{argv[0] if argv else 'nothing'}: not a verb to launch; known are {', '.join(VERBS)}")
+    args = parse_verb(argv)
+    if "config" in args:
+        from megasora.config import load_config
+
+        load_config(args.config, args.overrides)
+
+
+def add_config_argument(parser: argparse.ArgumentParser, *sections: str) -> None:
+    """--config, and in --help the keys of the sections that the verb reads."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML, see configs/")
+    parser.set_defaults(sections=sections)
+
+
+def _no_verb(argv: list[str]) -> int:
+    parser = build_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    if argv[0].startswith("-"):
+        parser.parse_args(argv)
+    nearest = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)[0]
+    raise ConfigError(f"{argv[0]}: unknown verb; did you mean {nearest}?")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line and the keys of the verb's sections at the end of --help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.removeprefix('megasora ')}: {message}")
+
+    def format_help(self) -> str:
+        sections = self.get_default("sections")
+        if not sections:
+            return super().format_help()
+        from megasora.config import describe  # only --help pays for it
+
+        keys = [line for section in sections for line in describe(section)]
+        return super().format_help() + "\nkeys, with their defaults:\n" + "\n".join(keys) + "\n"
+
+
+def console() -> None:
+    sys.exit(main(sys.argv[1:]))

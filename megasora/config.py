@@ -1,0 +1,352 @@
+"""The configuration of a run: YAML (with `base:`), then dotted overrides, validated into dataclasses beside their owners.
+
+pydantic validates plain dataclasses without the owners knowing of it, and reads "1e-4" as the float that it means.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from data_pipelines.buckets import BucketConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.prepare import PrepareConfig
+from megasora.checkpoint.directory import CheckpointConfig
+from megasora.diffusion.flow import FlowConfig
+from megasora.engines.optim import OptimConfig
+from megasora.engines.torch_native import EngineConfig
+from megasora.errors import ConfigError
+from megasora.models.attention import ATTENTION
+from megasora.models.vae import VAEConfig
+from megasora.models.video_dit import PRESETS, VideoDiTConfig
+from megasora.vae_training import TrainVAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and how it begins."""
+
+    dir: str = "runs/default"
+    seed: int = 0
+    steps: int | None = (
+        None  # stop after so many steps (default: the stages' own); the last stage goes on if they are fewer
+    )
+    resume: str = "auto"  # auto: the newest good checkpoint; none: refuse a directory with checkpoints; or a PATH
+    init_from: str = ""  # a checkpoint whose weights alone are taken, when there is none to resume from
+    allow_change: tuple[str, ...] = ()  # keys that may differ from the checkpoint's config, `data` for the data itself
+    determinism: Literal["replay", "bitwise"] = "replay"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(VideoDiTConfig):
+    """The generator. `preset` gives every number that the file or the command line does not."""
+
+    preset: str = ""
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention: {self.attention!r} is not one of {', '.join(ATTENTION)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes share the work: `auto`, or terms such as dp4,zero2 or hsdp2x4,zero3."""
+
+    layout: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of the run with its own buckets, rate and timestep shift. Stages follow each other in one history."""
+
+    name: str = "main"
+    steps: int = 1000
+    lr: float | None = None  # peak; default optim.lr
+    shift: float = 1.0  # of the timesteps, towards noise
+    drop_captions: float = 0.1  # share of samples trained on the empty caption, for guidance
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Shards -> latent shards, for the buckets of all stages. `text` empty: a small encoder is made from the captions."""
+
+    input: str = "data/shards"
+    output: str = "data/latents"
+    vae: str = "data/vae"
+    text: str = ""
+    latent_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What `sample` makes, and what training shows every `every` steps (0: never)."""
+
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
+    frames: int = 17
+    height: int = 128
+    width: int = 224
+    fps: float = 12.0
+    steps: int = 30
+    guidance: float = 4.0
+    shift: float = 1.0
+    seed: int = 0
+    every: int = 0
+    checkpoint: str = "latest"  # latest of run.dir, or a PATH to a step directory
+    weights: Literal["ema", "model"] = "ema"
+    output: str = ""  # default: run.dir/samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """`bench`: measured steps after warm-up. `--data=synthetic` draws latents of the first stage's buckets, no files needed."""
+
+    warmup: int = 3
+    steps: int = 10
+    against: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """The console and TensorBoard, every so many steps; metrics.jsonl has every step."""
+
+    every: int = 10
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything. Each section is read by the part of the code it is named after."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+    engine: Literal["torch_native"] = "torch_native"
+    run: RunConfig = field(default_factory=RunConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    train_vae: TrainVAEConfig = field(default_factory=TrainVAEConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stages: tuple[Stage, ...] = (Stage(),)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages: a run needs at least one")
+
+
+def load_config(file: Path | None, overrides: list[str]) -> Config:
+    """Reads the file and its bases, applies `--a.b=value` overrides (later ones win), expands the preset, validates.
+
+    Raises ConfigError: one line with the key, the value and the nearest valid key.
+    """
+    raw = read_yaml(file) if file else {}
+    for override in overrides:
+        key, separator, value = override.removeprefix("--").partition("=")
+        if not override.startswith("--") or not separator:
+            raise ConfigError(f"{override}: overrides are written --section.key=value")
+        _set(raw, key, _parse(value))
+    check_keys(raw, Config, "")
+    _expand_preset(raw)
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(raw)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_first_line(error)) from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """One YAML file merged over its `base:` (a path beside it): mappings merge, everything else replaces."""
+    try:
+        raw = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"--config {file}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"--config {file}: a mapping of sections is expected")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    parent = (file.parent / str(base)).resolve()
+    if parent == file.resolve():
+        raise ConfigError(f"base={base}: {file} names itself")
+    return _merge(read_yaml(parent), raw)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved config as plain mappings and lists: what config.yaml holds and what a resume compares."""
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def flatten(raw: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; lists by number."""
+    items = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else None
+    if items is None or not raw:
+        return {prefix: raw}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def check_keys(raw: Any, kind: Any, prefix: str) -> None:
+    """Raises ConfigError for the first key of `raw` that the dataclass `kind` does not have, with the nearest that it has."""
+    kind = _inner_dataclass(kind)
+    if kind is None:
+        return
+    if isinstance(raw, list):
+        for i, item in enumerate(raw):
+            check_keys(item, kind, f"{prefix}{i}.")
+        return
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{prefix.removesuffix('.')}={raw}: a section with keys is expected, such as {prefix}{_keys(kind)[0]}"
+        )
+    hints = typing.get_type_hints(kind)
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise ConfigError(f"{name}={_brief(value)}: unknown key; did you mean {_nearest(name, kind, prefix)}?")
+        if value is None and _inner_dataclass(hints[key]) is not None:
+            raise ConfigError(f"{name}: the section is empty")
+        check_keys(value, hints[key], f"{name}.")
+        if isinstance(value, bool) and hints[key] in (int, float, int | None, float | None):
+            raise ConfigError(f"{name}={value}: a number is expected")
+
+
+def _nearest(name: str, kind: Any, prefix: str) -> str:
+    """The most similar key: of the same section if one is close, else of all."""
+    here = [f"{prefix}{key}" for key in _keys(kind)]
+    for candidates, cutoff in ((here, 0.75), (sorted(flatten(to_dict(Config()))), 0.6), (here, 0.0)):
+        if found := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
+            return found[0]
+    return here[0]
+
+
+def _keys(kind: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def _inner_dataclass(kind: Any) -> Any:
+    """The dataclass in `X`, `X | None` or `tuple[X, ...]`, else None."""
+    if dataclasses.is_dataclass(kind):
+        return kind
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, tuple, list):
+        return next((inner for arg in typing.get_args(kind) if (inner := _inner_dataclass(arg))), None)
+    return None
+
+
+def _expand_preset(raw: dict[str, Any]) -> None:
+    model = raw.get("model") or {}
+    preset = model.get("preset", "")
+    if not preset:
+        return
+    if preset not in PRESETS:
+        nearest = difflib.get_close_matches(str(preset), PRESETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"model.preset={preset}: unknown preset; did you mean {nearest}?")
+    raw["model"] = dataclasses.asdict(PRESETS[preset]) | model
+
+
+def _first_line(error: pydantic.ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # a cross-field check, whose message begins with the field's name
+        return f"{where}.{message}" if where else message
+    return f"{where}={_brief(first['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key, making sections on the way; a number steps into a list."""
+    *path, last = key.split(".")
+    place: Any = raw
+    for i, part in enumerate(path):
+        if isinstance(place, list):
+            place = place[_item(place, part, key)]
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise ConfigError(f"{key}={_brief(value)}: {'.'.join(path[: i + 1])} is a value, not a section")
+    if isinstance(place, list):
+        place[_item(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _item(items: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"{key}: {part!r} is not one of the items 0 to {len(items) - 1}")
+    return int(part)
+
+
+def _parse(text: str) -> Any:
+    """Lists, mappings and null are YAML; everything else stays text, and the field's type reads it."""
+    if text == "null" or text[:1] in ("[", "{"):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return text
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = base | over
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            both[key] = _merge(base[key], over[key])
+    return both
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def describe(section: str) -> Iterator[str]:
+    """Lines for --help: every key of a section with its default."""
+    value = getattr(Config(), section)
+    if isinstance(value, tuple):
+        value = value[0]
+        section += ".0"
+    if not dataclasses.is_dataclass(value):
+        yield f"  --{section}={value}"
+        return
+    for key, default in flatten(_plain(value), section).items():
+        yield f"  --{key}={default}"

@@ -1,0 +1,67 @@
+"""Optimizers and the learning rate: AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """`lr` is the peak; a stage may have its own. Each stage warms up linearly and then follows the schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.95  # Muon's
+    clip: float = 1.0  # global gradient norm; 0 does not clip
+    warmup: int = 100  # steps, in every stage
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr: float = 0.1  # share of the peak that the cosine ends at
+    ema: float = 0.999  # decay of the averaged weights; 0 keeps none
+
+
+def learning_rate(config: OptimConfig, peak: float, step: int, steps: int) -> float:
+    """The rate of update `step` (from 0) of a stage of `steps` updates."""
+    if step < config.warmup:
+        return peak * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return peak
+    progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+    return peak * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Optimizers that together own every parameter once. Biases, norms and modulation tables do not decay.
+
+    Muon (Jordan et al. 2024) takes the matrices of the blocks, its updates scaled to AdamW's size so that one rate serves.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        hidden = config.name == "muon" and parameter.ndim == 2 and ".weight" in name and "blocks." in name
+        (matrices if hidden else others).append(parameter)
+    decayed = [p for p in others if p.ndim > 1]
+    plain = [p for p in others if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers

@@ -1,0 +1,200 @@
+"""The default engine: a plain model, replicated (DDP) or sharded (FSDP2) over one DeviceMesh, its optimizer and its EMA.
+
+An engine owns everything that a training step changes. The trainer sees `forward_backward`, `update`, `tensors` and little
+else, so that another engine can stand in its place.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from megasora.engines.optim import OptimConfig, build_optimizers
+from megasora.parallel.mesh import Processes
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """`bf16` computes in bfloat16 over fp32 master weights, reducing gradients in fp32; timesteps and norms stay fp32."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Engine(Protocol):
+    """What the trainer needs of an engine."""
+
+    model: nn.Module
+
+    def forward_backward(self, rows: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+        """Accumulates the gradients of the sum of `loss(model, row)` over rows and data-parallel ranks; returns that sum."""
+        ...
+
+    def clip(self) -> Tensor:
+        """The global norm of the gradients, which are scaled down to `optim.clip` if it is larger."""
+        ...
+
+    def update(self, lr: float) -> None:
+        """Steps the optimizer and the EMA, and clears the gradients."""
+        ...
+
+    def discard(self) -> None:
+        """Clears the gradients and changes nothing."""
+        ...
+
+    def materialise_optimizer(self) -> None:
+        """Gives the optimizer its state before the first step, so that a load can fill it."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint must hold, by name: model/, ema/ and optim/. Views of the live state."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the model has the EMA's weights."""
+        ...
+
+
+class TorchNative:
+    """DDP for zero0, FSDP2 for zero2 and zero3 and HSDP. `build` makes the model; its weights are drawn from `seed`."""
+
+    def __init__(
+        self, build: Callable[[], nn.Module], seed: int, processes: Processes, config: EngineConfig, optim: OptimConfig
+    ) -> None:
+        self.processes, self.config, self.optim = processes, config, optim
+        with torch.device("meta"):
+            model = build()
+        shard_model(model, processes, config)
+        model.to_empty(device=processes.device)
+        init_weights(model, build, seed)
+        self.model = model
+        self.sharded = processes.layout.zero >= 2
+        replicated = processes.layout.dp > 1 and not self.sharded
+        self.wrapped = DistributedDataParallel(model) if replicated else model
+        self.optimizers = build_optimizers(model, optim)
+        self.ema = {name: p.detach().clone() for name, p in model.named_parameters()} if optim.ema else {}
+
+    def forward_backward(self, rows: Sequence[Row], loss: Callable[[nn.Module, Row], Tensor]) -> Tensor:
+        total = torch.zeros((), device=self.processes.device)
+        for i, row in enumerate(rows):
+            with self._reducing(i == len(rows) - 1), self._autocast():
+                value = loss(self.wrapped, row)
+                # Both wrappers average over the data-parallel ranks; the loss is a sum over them.
+                (value * self.processes.layout.dp).backward()
+            total += value.detach()
+        dist.all_reduce(total)
+        return total
+
+    def clip(self) -> Tensor:
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.optim.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
+        return norm
+
+    def update(self, lr: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        self.discard()
+        if self.ema:
+            live = [local(p) for p in self.model.parameters()]
+            torch._foreach_lerp_([local(t) for t in self.ema.values()], live, 1 - self.optim.ema)
+
+    def discard(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = dict(self.model.named_parameters())
+        state = {f"model/{name}": parameter.detach() for name, parameter in named.items()}
+        state |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
+        for optimizer in self.optimizers:
+            for parameter, values in optimizer.state.items():
+                state |= {f"optim/{names[parameter]}/{key}": value for key, value in values.items()}
+        return state
+
+    def materialise_optimizer(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if isinstance(optimizer, torch.optim.AdamW):
+                        optimizer.state[parameter] = {
+                            "step": torch.zeros((), dtype=torch.float32, device=self.processes.device),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+                    else:
+                        optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if not self.ema:
+            yield
+            return
+        live = [local(p) for p in self.model.parameters()]
+        kept = [t.clone() for t in live]
+        torch._foreach_copy_(live, [local(t) for t in self.ema.values()])
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(live, kept)
+
+    @contextmanager
+    def _reducing(self, last: bool) -> Iterator[None]:
+        """Gradients travel once a step: with the last row."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            with self.wrapped.no_sync():
+                yield
+            return
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded; shares its memory, outside autograd."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_model(model: nn.Module, processes: Processes, config: EngineConfig) -> None:
+    """FSDP2 around each block and around the rest; zero3 frees a block's weights after its forward pass, zero2 keeps them."""
+    layout = processes.layout
+    if layout.zero < 2:
+        return
+    mesh = processes.mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else processes.mesh["dp_shard"]
+    lower = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.get_submodule("blocks").children():
+        policy = lower if config.precision == "bf16" else MixedPrecisionPolicy()
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.zero == 3)
+    fully_shard(model, mesh=mesh, reshard_after_forward=layout.zero == 3)
+
+
+def init_weights(model: nn.Module, build: Callable[[], nn.Module], seed: int) -> None:
+    """The same weights on every layout: drawn whole on the CPU from the seed, a parameter at a time, then sharded."""
+    torch.manual_seed(seed)
+    whole = build()
+    whole.init_weights()  # type: ignore[operator]
+    with torch.no_grad():
+        for target, source in zip(model.parameters(), whole.parameters(), strict=True):
+            value: Tensor = source.to(target.device)
+            if isinstance(target, DTensor):
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+            target.copy_(value)

@@ -1,0 +1,65 @@
+"""Layers that the model families share. What feeds the timestep, the rotation and the norms stays in fp32: in lower
+precision it leaves dark spots late in training."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(timestep: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """[S] in [0, 1] -> [S, width] fp32: cosines, then sines, of 1000·t (Ho et al. 2020, as in DiT)."""
+    half = width // 2
+    frequency = torch.exp(-math.log(max_period) / half * torch.arange(half, device=timestep.device))
+    angle = 1000.0 * timestep.float()[:, None] * frequency[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotary_angles(grid: Tensor, head_width: int, theta: float = 10_000.0) -> Tensor:
+    """[L, 3] coordinates -> [L, K/2] angles, fp32: 3-D RoPE (Su et al. 2021), the head split over time, height and width.
+
+    Height and width take 2·(K//6) channels each and time the rest, as in Wan.
+    """
+    spatial = 2 * (head_width // 6)
+    angles = []
+    for axis, channels in enumerate((head_width - 2 * spatial, spatial, spatial)):
+        steps = torch.arange(0, channels, 2, device=grid.device, dtype=torch.float32)
+        angles.append(grid[:, axis, None].float() * theta ** (-steps / channels))
+    return torch.cat(angles, dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x [L, N, K] turned by [L, K/2] angles, neighbouring channels being one complex number. Computed in fp32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, computed in fp32 whatever comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class MLP(nn.Sequential):
+    """Linear, activation, linear."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, activation: nn.Module) -> None:
+        super().__init__(nn.Linear(width_in, hidden), activation, nn.Linear(hidden, width_out))

@@ -1,0 +1,94 @@
+"""The layout: how the processes of a job divide the work, written as one string such as `dp4,zero2` or `hsdp2x4,zero3`."""
+
+import re
+from dataclasses import dataclass
+
+from megasora.errors import ConfigError
+
+TERM = re.compile(
+    r"pp(?P<pp>\d+)(:(?P<schedule>1f1b|gpipe|interleaved|zbv))?|dp(?P<dp>\d+)|hsdp(?P<replicate>\d+)x(?P<shard>\d+)"
+    r"|cp(?P<ulysses>\d+)(x(?P<ring>\d+))?|tp(?P<tp>\d+)(?P<nosp>:nosp)?|zero(?P<zero>[0-3])"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees of each kind of parallelism. The world is their product."""
+
+    pp: int = 1
+    schedule: str = "1f1b"
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    tp: int = 1
+    sequence_parallel: bool = True
+    zero: int = 0
+
+    @property
+    def cp(self) -> int:
+        return self.ulysses * self.ring
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks: groups that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    def __str__(self) -> str:
+        hsdp = self.dp_replicate > 1 and self.dp_shard > 1
+        terms = [
+            f"pp{self.pp}:{self.schedule}" * (self.pp > 1),
+            f"hsdp{self.dp_replicate}x{self.dp_shard}" if hsdp else f"dp{self.dp}",
+            (f"cp{self.ulysses}x{self.ring}") * (self.cp > 1),
+            f"tp{self.tp}{'' if self.sequence_parallel else ':nosp'}" * (self.tp > 1),
+            f"zero{self.zero}" * (self.zero > 0),
+        ]
+        return ",".join(term for term in terms if term)
+
+
+def parse_layout(text: str, world: int) -> Layout:
+    """Reads a layout for `world` processes; `auto` is plain data parallelism, sharded (ZeRO-2) where there are several.
+
+    Raises ConfigError, naming `parallel.layout` and a layout that works, when a term is unknown, the product is not the
+    world, or the layout asks for what this version does not have.
+    """
+    fitting = f"dp{world},zero2" if world > 1 else "dp1"
+    if text == "auto":
+        text = fitting
+    found: dict[str, str] = {}
+    for term in text.replace(" ", "").split(","):
+        match = TERM.fullmatch(term)
+        if match is None:
+            raise ConfigError(f"parallel.layout={text}: {term!r} is not a term of a layout; valid here: {fitting}")
+        new = {name: value for name, value in match.groupdict().items() if value is not None}
+        if found.keys() & new.keys():
+            raise ConfigError(f"parallel.layout={text}: {term!r} says something twice; valid here: {fitting}")
+        found |= new
+    zero = int(found.get("zero", 0))
+    replicate, shard = int(found.get("replicate", 1)), int(found.get("shard", 1))
+    if "dp" in found:
+        if "shard" in found:
+            raise ConfigError(f"parallel.layout={text}: give dp or hsdp, not both; valid here: {fitting}")
+        replicate, shard = (int(found["dp"]), 1) if zero == 0 else (1, int(found["dp"]))
+    elif "zero" in found and "shard" not in found:
+        replicate, shard = (2, 1) if zero == 0 else (1, 2)
+    if "shard" in found and zero == 0:
+        zero = 3
+    layout = Layout(
+        pp=int(found.get("pp", 1)), schedule=found.get("schedule", "1f1b"), dp_replicate=replicate, dp_shard=shard,
+        ulysses=int(found.get("ulysses", 1)), ring=int(found.get("ring", 1)), tp=int(found.get("tp", 1)),
+        sequence_parallel="nosp" not in found, zero=zero,
+    )  # fmt: skip
+    if layout.world != world:
+        raise ConfigError(
+            f"parallel.layout={text}: {layout.world} processes wanted, {world} started; valid here: {fitting}"
+        )
+    if layout.pp * layout.cp * layout.tp > 1 or layout.zero == 1:
+        raise ConfigError(
+            f"parallel.layout={text}: pp, cp, tp and zero1 are not in this version; valid here: {fitting}"
+        )
+    return layout

@@ -1,0 +1,75 @@
+"""The processes of a job: device, process group, and the one DeviceMesh that every group is cut from."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megasora.parallel.layout import Layout, parse_layout
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers: its device, the layout and the mesh that realises it."""
+
+    rank: int
+    world: int
+    device: torch.device
+    layout: Layout
+    mesh: DeviceMesh
+
+    @property
+    def data_rank(self) -> int:
+        """Which data-parallel share of the global batch is this process's."""
+        place = dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))
+        return place["dp_replicate"] * self.layout.dp_shard + place["dp_shard"]
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """How many processes the launcher started (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def pick_device() -> torch.device:
+    """This process's accelerator if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def processes(layout: str, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Processes]:
+    """Joins the process group that the launcher set up (or a group of one) and lays the mesh over it; leaves it at the end.
+
+    NCCL on GPUs, gloo on CPU. Raises ConfigError, before anything is started, for a layout that does not fit the world.
+    """
+    parsed = parse_layout(layout, world_size())
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(), world_size=world_size(), timeout=timeout
+    )
+    try:
+        shape = (parsed.pp, parsed.dp_replicate, parsed.dp_shard, parsed.cp, parsed.tp)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+        yield Processes(rank(), world_size(), device, parsed, mesh)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,91 @@
+"""Where a run goes on: the checkpoint, and the promise that nothing but what may change has changed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import DataError
+from megasora.checkpoint.load import load, read_facts, resume_path
+from megasora.config import Config, flatten, to_dict
+from megasora.engines.torch_native import Engine
+from megasora.errors import ConfigError
+from megasora.observe.logs import log
+from megasora.observe.metrics import EVENTS, read_lines
+
+# Sections and keys that may differ between a checkpoint and the run that resumes it, because losses do not depend on them.
+# data.path may move: the index's fingerprint is what counts.
+FREE = (
+    "run", "engine", "parallel", "observe", "checkpoint", "sample", "bench", "prepare", "train_vae", "vae", "encode",
+    "model.attention", "model.preset", "data.path", "data.capacity", "data.prefetch", "data.readers",
+    "data.max_replacements",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """The step that a run starts from (0: anew) and the replacements that earlier attempts agreed on."""
+
+    step: int
+    source: Path | None
+    obey: dict[int, dict[int, str]]  # segment -> position -> key
+
+
+def start_run(config: Config, engine: Engine, fingerprint: str) -> Start:
+    """Loads what `run.resume` and `run.init_from` name into the engine. All ranks call it.
+
+    Raises ConfigError for a changed key, DataError for changed data, CheckpointError for a damaged checkpoint.
+    """
+    root = Path(config.run.dir) / "checkpoints"
+    resume = resume_path(root, config.run.resume)
+    for path, problems in resume.rejected.items():
+        log.warning("passing over %s: %s: %s", path, problems[0].file, problems[0].reason)
+    obey = logged_replacements(Path(config.run.dir))
+    if resume.path is None:
+        if config.run.init_from:
+            load_weights(Path(config.run.init_from), engine)
+        return Start(0, None, obey)
+    facts = read_facts(resume.path)
+    check_same_run(facts, config, fingerprint, resume.path)
+    engine.materialise_optimizer()
+    load(resume.path, engine.tensors())
+    return Start(int(facts["step"]), resume.path, obey)
+
+
+def load_weights(path: Path, engine: Engine) -> None:
+    """Only the weights: the averaged ones of a checkpoint, into the model and into its average."""
+    ema = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("ema/")}
+    model = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("model/")}
+    load(path, model, prefix="model/")
+    if ema:
+        load(path, ema, prefix="ema/")
+    log.info("weights from %s", path)
+
+
+def check_same_run(facts: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:
+    """Compares a checkpoint's config and data with this run's, apart from what is free or allowed by run.allow_change."""
+    allowed = (*FREE, *config.run.allow_change)
+
+    def may_change(key: str) -> bool:
+        return any(key == free or key.startswith(f"{free}.") for free in allowed)
+
+    before, now = flatten(facts["config"]), flatten(to_dict(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not may_change(key):
+            raise ConfigError(
+                f"{key}={now.get(key)}: the checkpoint {path} was made with {before.get(key)}; "
+                f"to change it on purpose give --run.allow_change=[{key}]"
+            )
+    if facts["fingerprint"] != fingerprint and not may_change("data"):
+        raise DataError(
+            f"{config.data.path}: not the data that {path} was trained on (index {fingerprint}, was "
+            f"{facts['fingerprint']}); to change it on purpose give --run.allow_change=[data]"
+        )
+
+
+def logged_replacements(run: Path) -> dict[int, dict[int, str]]:
+    """segment -> position -> key, of all samples that an earlier attempt replaced: a replay reads the same ones."""
+    obey: dict[int, dict[int, str]] = {}
+    for line in read_lines(run / EVENTS):
+        if line.get("event") == "bad_sample":
+            obey.setdefault(line["segment"], {})[line["position"]] = line["by"]
+    return obey

@@ -1,0 +1,71 @@
+"""Runs a function on several gloo processes, with a hard time-out and no process left behind."""
+
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _worker(rank: int, world: int, store: str, func: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        value = func(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+        results.put((rank, pickle.dumps(value), None))  # by value: tensors outlive their process
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+
+
+def run_distributed(func: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Calls `func(*args)` on `world` processes joined by gloo; returns every rank's result, in order of rank.
+
+    `func` is a module-level function, its result picklable. The rendezvous is a file, so no port is taken. A failure on
+    any rank, or the time-out (seconds), kills all of them and raises with that rank's traceback.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as directory:
+        store = str(Path(directory) / "store")
+        workers = [
+            context.Process(target=_worker, args=(rank, world, store, func, args, results), daemon=True)
+            for rank in range(world)
+        ]
+        for worker in workers:
+            worker.start()
+        values: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        try:
+            while len(values) < world:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{func.__name__}: ranks {sorted(set(range(world)) - set(values))} hung")
+                if results.empty():
+                    dead = [r for r, w in enumerate(workers) if w.exitcode not in (None, 0) and r not in values]
+                    if dead and results.empty():
+                        time.sleep(0.5)  # its traceback may still be on the way
+                        if results.empty():
+                            raise RuntimeError(f"{func.__name__}: ranks {dead} died without a word")
+                    time.sleep(0.01)
+                    continue
+                rank, value, error = results.get()
+                if error is not None:
+                    raise RuntimeError(f"rank {rank}:\n{error}")
+                values[rank] = pickle.loads(value)
+        finally:
+            for worker in workers:
+                worker.join(timeout=5 if len(values) == world else 0)
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join()
+    return [values[rank] for rank in range(world)]

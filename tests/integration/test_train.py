@@ -1,0 +1,261 @@
+"""Training as a user meets it: whole commands, real processes, killed, resumed, misconfigured."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megasora.checkpoint.directory import list_checkpoints
+from megasora.observe.metrics import StepMetrics, history, read_lines
+from tests.integration.conftest import Road, identical
+
+Wait = Callable[[Path, int, "subprocess.Popen[str]"], None]
+
+
+def test_the_loss_falls_and_the_run_directory_is_complete(straight: Path) -> None:
+    steps = history(straight)
+    assert [m["step"] for m in steps] == list(range(1, 41))
+    assert {m["stage"] for m in steps[:15]} == {"image"}
+    assert {m["stage"] for m in steps[15:]} == {"video"}
+    first, last = (sum(m["loss"] for m in part) / 5 for part in (steps[:5], steps[-5:]))
+    assert last < 0.9 * first
+    assert set(steps[0]) == set(StepMetrics.__dataclass_fields__)
+    for line in steps:
+        assert sum(line["bucket"].values()) == line["samples"] == 4
+        assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["step_time_s"])
+    assert (straight / "config.yaml").exists()
+    assert (straight / "logs" / "rank-00000.log").exists()
+    assert [c.step for c in list_checkpoints(straight / "checkpoints")] == [20, 30, 40]
+    assert (straight / "checkpoints" / "latest").read_text().strip() == "step-00000040"
+    assert [e["event"] for e in read_lines(straight / "events.jsonl")].count("save") == 4
+    samples = straight / "samples" / "step-00000040"
+    assert (samples / "contact-sheet.png").stat().st_size > 0
+    assert (samples / "00.mp4").stat().st_size > 0
+
+
+def test_tensorboard_has_every_group_and_a_video(straight: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(straight / "tb"))
+    board.Reload()
+    assert {tag.split("/")[0] for tag in board.Tags()["scalars"]} == {"loss", "optim", "perf", "memory", "data"}
+    image = board.Images("samples/00")[0]
+    assert image.encoded_image_string.startswith(b"GIF8")
+    assert board.Scalars("loss/train")[-1].value == pytest.approx(history(straight)[-1]["loss"])
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_killed_and_resumed_is_identical_bit_for_bit(
+    road: Road, straight: Path, wait_for_step: Wait, nproc: int
+) -> None:
+    reference = straight
+    if nproc == 2:
+        reference = road.directory / "straight2"
+        road.run("train", f"--run.dir={reference}", nproc=2)
+    run = road.directory / f"killed{nproc}"
+    process = road.start("train", f"--run.dir={run}", nproc=nproc)
+    wait_for_step(run, 27, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    reached = history(run)[-1]["step"]
+    assert 27 <= reached < 40
+    road.run("train", f"--run.dir={run}", nproc=nproc)
+    lines = list(read_lines(run / "metrics.jsonl"))
+    again = [line["step"] for line in lines if line["attempt"] == 1]
+    assert again[0] == (21 if reached < 30 else 31)
+    assert identical(run) == identical(reference)
+    assert not {m["attempt"] for m in history(run)[:20]} - {0}
+
+
+def test_one_and_two_processes_have_the_same_losses(road: Road, straight: Path) -> None:
+    for layout in ("dp2", "dp2,zero3"):
+        run = road.directory / f"two-{layout}"
+        road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", nproc=2)
+        for alone, pair in zip(history(straight), history(run), strict=True):
+            assert pair["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+            assert (pair["order"], pair["bucket"], pair["lr"]) == (alone["order"], alone["bucket"], alone["lr"])
+            assert (pair["world"], pair["layout"]) == (2, layout)
+
+
+def test_another_layout_goes_on_with_the_same_run(road: Road, straight: Path) -> None:
+    run = road.directory / "moved"
+    road.run("train", f"--run.dir={run}", "--run.steps=20", "--parallel.layout=dp2,zero3", nproc=2)
+    road.run("train", f"--run.dir={run}")
+    for alone, moved in zip(history(straight), history(run), strict=True):
+        assert moved["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert moved["order"] == alone["order"]
+
+
+def test_a_signal_saves_and_exits_75(road: Road, straight: Path, wait_for_step: Wait) -> None:
+    run = road.directory / "preempted"
+    process = road.start("train", f"--run.dir={run}", nproc=2)
+    wait_for_step(run, 13, process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "SIGUSR1" in err
+    stopped = history(run)[-1]["step"]
+    assert list_checkpoints(run / "checkpoints")[-1].step == stopped
+    road.run("train", f"--run.dir={run}", nproc=2)
+    reference = road.directory / "straight2"
+    if not reference.exists():
+        road.run("train", f"--run.dir={reference}", nproc=2)
+    assert identical(run) == identical(reference)
+
+
+def copy_of(run: Path, name: str) -> Path:
+    target = run.with_name(name)
+    shutil.copytree(run, target)
+    return target
+
+
+def test_a_changed_config_is_refused_unless_allowed(road: Road, straight: Path) -> None:
+    run = copy_of(straight, "changed")
+    before = (run / "config.yaml").read_text()
+    more = (f"--run.dir={run}", "--run.steps=41", "--optim.lr=2e-3")
+    done = road.run("train", *more, code=2)
+    assert len(done.stderr.splitlines()) == 1
+    assert "optim.lr=0.002" in done.stderr
+    assert "0.001" in done.stderr
+    assert (run / "config.yaml").read_text() == before
+    road.run("train", *more, "--run.allow_change=[optim.lr]")
+    assert history(run)[-1]["step"] == 41
+
+
+def test_changed_data_is_refused(road: Road, straight: Path) -> None:
+    run = copy_of(straight, "other-data")
+    latents = road.directory / "other-latents"
+    shutil.copytree(road.directory / "latents", latents)
+    last = max(latents.glob("*.tar"))
+    last.unlink()
+    last.with_suffix(".arrow").unlink()
+    done = road.run("train", f"--run.dir={run}", f"--data.path={latents}", "--run.steps=41", code=3)
+    assert len(done.stderr.splitlines()) == 1
+    assert "not the data" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_exits_4(road: Road, straight: Path) -> None:
+    run = copy_of(straight, "damaged")
+    shard = next((run / "checkpoints" / "step-00000040").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = road.run("train", f"--run.dir={run}", f"--run.resume={shard.parent}", "--run.steps=41", code=4)
+    assert shard.name in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    done = road.run("train", f"--run.dir={run}", "--run.steps=41")
+    assert "passing over" in done.stderr
+    assert [m["step"] for m in read_lines(run / "metrics.jsonl") if m["attempt"] == 1] == list(range(31, 42))
+    assert identical(run)[:40] == identical(straight)
+
+
+def test_unreadable_latents_are_replaced_logged_and_counted(road: Road) -> None:
+    latents, run = road.directory / "torn-latents", road.directory / "torn"
+    shutil.copytree(road.directory / "latents", latents)
+    tar = min(latents.glob("*.tar"))
+    os.truncate(tar, tar.stat().st_size // 2)
+    arguments = (f"--run.dir={run}", f"--data.path={latents}")
+    road.run("train", *arguments, "--run.steps=20", "--run.seed=5")
+    bad = [e for e in read_lines(run / "events.jsonl") if e["event"] == "bad_sample"]
+    assert bad
+    assert all("truncated" in e["reason"] for e in bad)
+    assert history(run)[-1]["bad_samples"] == len(bad)
+    again = road.directory / "torn2"
+    road.run("train", f"--run.dir={again}", f"--data.path={latents}", "--run.steps=20", "--run.seed=5", nproc=2)
+    for one, two in zip(history(run), history(again), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert history(again)[-1]["bad_samples"] == len(bad)
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("--model.channels=8", 2, "model.channels=8: the latents have 16"),
+        ("--data.capacity=100", 2, "nearest is 128"),
+        ("--parallel.layout=dp2", 2, "valid here: dp1"),
+        ("--data.path=nowhere", 3, "nowhere"),
+        ("--run.resume=nowhere", 4, "nowhere"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_creates_nothing(road: Road, override: str, code: int, message: str) -> None:
+    run = road.directory / "never"
+    done = road.run("train", f"--run.dir={run}", override, code=code)
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    if code != 4:
+        assert not run.exists()
+
+
+def test_two_processes_print_one_line(road: Road) -> None:
+    run = road.directory / "never2"
+    for override, code in (("--optim.lrr=1", 2), ("--data.global_batch=3", 2), ("--data.path=nowhere", 3)):
+        done = road.run("train", f"--run.dir={run}", override, nproc=2, code=code)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert not run.exists()
+
+
+def test_run_resume_none_never_overwrites(road: Road, straight: Path) -> None:
+    done = road.run("train", f"--run.dir={straight}", "--run.resume=none", code=2)
+    assert "run.resume=none" in done.stderr
+
+
+def test_init_from_takes_the_weights_only(road: Road, straight: Path) -> None:
+    run = road.directory / "init"
+    source = straight / "checkpoints" / "step-00000040"
+    road.run("train", f"--run.dir={run}", "--run.steps=1", f"--run.init_from={source}")
+    assert history(run)[0]["step"] == 1
+    assert history(run)[0]["loss"] < 0.95 * history(straight)[0]["loss"]
+
+
+def test_muon_trains(road: Road) -> None:
+    run = road.directory / "muon"
+    road.run("train", f"--run.dir={run}", "--optim.name=muon", "--run.steps=12")
+    losses = [m["loss"] for m in history(run)]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_bench_measures_and_compares(road: Road) -> None:
+    old = road.directory / "bench.json"
+    arguments = ("--bench.warmup=1", "--bench.steps=3", f"--bench.output={old}")
+    done = road.run("bench", "--data=synthetic", "--json", *arguments)
+    result = json.loads(done.stdout)
+    shared = set(StepMetrics.__dataclass_fields__) & set(result)
+    assert {
+        "step_time_s",
+        "tokens_per_s",
+        "tflops_per_device",
+        "mfu",
+        "imbalance",
+        "peak_memory_bytes",
+        "layout",
+    } <= shared
+    assert sum(result["parts"].values()) == pytest.approx(result["step_time_s"], rel=0.2)
+    faster = json.loads(old.read_text()) | {"step_time_s": result["step_time_s"] / 3}
+    old.write_text(json.dumps(faster))
+    done = road.run(
+        "bench", "--data=synthetic", "--bench.warmup=1", "--bench.steps=3", f"--bench.against={old}", code=1
+    )
+    assert "slower" in done.stderr.splitlines()[-1]
+    done = road.run("bench", "--json", *arguments, nproc=2)
+    assert json.loads(done.stdout)["world"] == 2
+
+
+def test_ckpt_lists_and_verifies(road: Road, straight: Path) -> None:
+    listed = subprocess.run(
+        [*road.command("ckpt")[:3], "ckpt", "ls", str(straight), "--json"], capture_output=True, text=True, check=True
+    )
+    assert [c["step"] for c in json.loads(listed.stdout)["checkpoints"]] == [20, 30, 40]
+
+
+def test_sample_writes_videos_and_a_sheet(road: Road, straight: Path) -> None:
+    done = road.run("sample", f"--run.dir={straight}", "--json", f"--sample.output={road.directory / 'out'}")
+    files = json.loads(done.stdout)["files"]
+    assert [Path(f).name for f in files] == ["00.mp4", "contact-sheet.png"]
+    bad = road.run("sample", f"--run.dir={straight}", "--sample.height=50", code=2)
+    assert "sample.height=50: nearest that the model can make is 48" in bad.stderr
+    road.run("sample", f"--run.dir={road.directory / 'no-run'}", code=4)

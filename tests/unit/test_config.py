@@ -1,0 +1,113 @@
+"""What a config promises: types, nearest keys, bases, presets, snapshots of every resolved file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megasora.cli import main
+from megasora.config import Config, flatten, load_config, to_dict
+from megasora.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+GOLDEN = ROOT / "tests" / "data" / "configs"
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+def test_scientific_notation_is_a_float() -> None:
+    config = load_config(DEMO, ["--optim.lr=1e-4"])
+    assert config.optim.lr == 1e-4
+    assert isinstance(config.optim.lr, float)
+
+
+def test_the_unknown_key_exits_2_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert main(["train", "--config", str(DEMO), "--optim.lrr=1e-4", f"--run.dir={tmp_path}/run"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "optim.lrr=1e-4" in err
+    assert "did you mean optim.lr?" in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--opt.lr=1", "did you mean opti"),
+        ("--data.globalbatch=8", "did you mean data.global_batch"),
+        ("--lr=1", "did you mean optim.lr"),
+        ("--stages.1.bucket.frames=[1]", "did you mean stages.1.buckets"),
+        ("--optim.lr=fast", "optim.lr=fast: input should be a valid number"),
+        ("--run.steps=1.5", "run.steps=1.5"),
+        ("--run.steps=0", "run.steps=0"),
+        ("--model.preset=Wan2.1-13B", "did you mean Wan2.1-1.3B"),
+        ("--model.heads=5", "model.heads: 5 heads do not divide width 192"),
+        ("--model.attention=fast", "model.attention"),
+        ("--optim=3", "optim=3: a section with keys is expected"),
+        ("--optim.lr.x=3", "optim.lr"),
+        ("--stages.7.lr=1", "stages.7.lr"),
+        ("--engine=deep", "engine=deep"),
+        ("--optim.lr", "--section.key=value"),
+        ("--run.steps=true", "run.steps"),
+        ("--model.patch=[1,2]", "model.patch"),
+    ],
+)
+def test_bad_overrides(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(DEMO, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_types_come_from_the_field() -> None:
+    config = load_config(DEMO, ["--run.dir=123", "--run.steps=7", "--run.allow_change=[stages]", "--stages.1.lr=null",
+                                '--sample.prompts=["a, b", c]', "--observe.tensorboard=false", "--run.resume=none"])  # fmt: skip
+    assert config.run.dir == "123"
+    assert config.run.steps == 7
+    assert config.run.allow_change == ("stages",)
+    assert config.stages[1].lr is None
+    assert config.sample.prompts == ("a, b", "c")
+    assert config.observe.tensorboard is False
+
+
+def test_bases_merge_and_presets_fill(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("optim: {lr: 1.0, warmup: 5}\nmodel: {preset: Wan2.1-1.3B, depth: 2}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\noptim: {lr: 2.0}\n")
+    config = load_config(tmp_path / "run.yaml", ["--model.ffn=64"])
+    assert (config.optim.lr, config.optim.warmup) == (2.0, 5)
+    assert (config.model.width, config.model.depth, config.model.ffn) == (1536, 2, 64)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "optim: [", "optim: null", "base: missing.yaml", "base: run.yaml"])
+def test_bad_files_are_one_line_with_the_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "run.yaml", [])
+    assert "\n" not in str(error.value)
+
+
+def test_a_resolved_config_repeats_the_run(tmp_path: Path) -> None:
+    config = load_config(DEMO, ["--optim.lr=3e-5"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert load_config(tmp_path / "config.yaml", []) == config
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_golden_snapshot(file: Path) -> None:
+    """A changed default shows as a changed snapshot: write it anew with `python -m tests.unit.test_config`."""
+    golden = json.loads((GOLDEN / f"{file.stem}.json").read_text())
+    assert flatten(to_dict(load_config(file, []))) == golden
+
+
+def test_defaults_are_valid() -> None:
+    assert load_config(None, []) == Config()
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for file in CONFIGS:
+        resolved = flatten(to_dict(load_config(file, [])))
+        (GOLDEN / f"{file.stem}.json").write_text(json.dumps(resolved, indent=0) + "\n")

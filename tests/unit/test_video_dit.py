@@ -1,0 +1,140 @@
+"""The default family: published parameter counts and FLOPs, packing, conditioning, initial state."""
+
+import pytest
+import torch
+
+from megasora.models.flops import forward_macs, training_flops
+from megasora.models.packing import PackedRow, pack, patch_grid, patchify, unpatchify
+from megasora.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
+
+SMALL = VideoDiTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, text_width=24)
+
+
+def count(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in VideoDiT(PRESETS[name]).parameters())
+
+
+def test_published_parameter_count() -> None:
+    assert count("Wan2.1-1.3B") == 1_418_996_800
+
+
+def test_published_flops() -> None:
+    # Wan2.1-14B at 32,760 tokens with 512 text tokens: 5,035 TFLOP a training sample.
+    assert training_flops(PRESETS["Wan2.1-14B"], 32_760, 512) / 1e12 == pytest.approx(5035, rel=1e-3)
+
+
+def test_closed_form_counts_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small_model()
+    row = make_row([(2, 4, 6)], [7])
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(row)
+    assert counter.get_total_flops() == 2 * forward_macs(SMALL, 2 * 2 * 3, 7)
+
+
+def small_model(noise: float = 0.1) -> VideoDiT:
+    """Zero-initialised parameters get noise: else most of what is compared is zero."""
+    torch.manual_seed(0)
+    model = VideoDiT(SMALL)
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return model
+
+
+def make_sample(shape: tuple[int, int, int], text: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(4, *shape, generator=generator)
+    grid = patch_grid(shape, SMALL.patch, latent.device)
+    return patchify(latent, SMALL.patch), grid, torch.randn(text, 24, generator=generator)
+
+
+def make_row(
+    shapes: list[tuple[int, int, int]], texts: list[int], capacity: int | None = None, first: int = 0
+) -> PackedRow:
+    samples = [make_sample(s, m, first + i) for i, (s, m) in enumerate(zip(shapes, texts, strict=True))]
+    times = torch.tensor([0.1 + 0.2 * (first + i) for i in range(len(samples))])
+    return pack([s[0] for s in samples], [s[1] for s in samples], times, [s[2] for s in samples], capacity)
+
+
+SHAPES, TEXTS = [(1, 4, 4), (3, 2, 6), (2, 4, 2)], [5, 1, 3]
+
+
+def test_packed_equals_one_by_one_in_outputs_and_every_gradient() -> None:
+    model = small_model()
+    row = make_row(SHAPES, TEXTS, capacity=32)
+    packed = model(row)
+    target = torch.randn(packed.shape, generator=torch.Generator().manual_seed(9))
+    used = sum(row.video.lengths[:-1])
+    (packed[:used] * target[:used]).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for i in range(len(SHAPES)):
+        a, b = row.video.offsets[i : i + 2]
+        alone = model(make_row(SHAPES[i : i + 1], TEXTS[i : i + 1], first=i))
+        assert torch.allclose(alone, packed[a:b], rtol=1e-5, atol=1e-5)
+        (alone * target[a:b]).sum().backward()
+    floor = 1e-3 * torch.stack([g.norm() for g in gradients.values()]).norm() / len(gradients) ** 0.5
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - gradients[name]).norm() / max(parameter.grad.norm(), floor)
+        # A bias of the keys moves every score of a query alike: with QK-norm it has a gradient, without none.
+        assert error <= 1e-5, f"{name}: {error}"
+
+
+def test_samples_do_not_see_each_other() -> None:
+    model = small_model()
+    before = model(make_row(SHAPES, TEXTS))
+    row = make_row(SHAPES, TEXTS)
+    row.tokens[row.video.offsets[1] : row.video.offsets[2]] += 1.0
+    after = model(row)
+    a, b = row.video.offsets[1:3]
+    assert torch.equal(before[:a], after[:a])
+    assert torch.equal(before[b:], after[b:])
+    assert not torch.allclose(before[a:b], after[a:b])
+
+
+@pytest.mark.parametrize("what", ["timestep", "text", "grid"])
+def test_every_condition_matters(what: str) -> None:
+    model = small_model()
+    row = make_row(SHAPES[:1], TEXTS[:1])
+    before = model(row)
+    if what == "grid":
+        row.grid[:, 1] *= 2  # a shift of all positions would change nothing: RoPE is relative
+    else:
+        getattr(row, what)[...] += 0.3
+    assert not torch.allclose(before, model(row), atol=1e-4)
+
+
+def test_initial_state_is_adaln_zero() -> None:
+    torch.manual_seed(0)
+    model = VideoDiT(SMALL)
+    model.init_weights()
+    row = make_row(SHAPES, TEXTS)
+    assert model(row).abs().max() == 0
+    x = torch.randn(row.video.total, SMALL.width)
+    modulation = torch.zeros(3, 6, SMALL.width)
+    angles = torch.zeros(row.video.total, SMALL.width // SMALL.heads // 2)
+    text = torch.randn(row.caption.total, SMALL.width)
+    assert torch.equal(model.blocks[0](x, text, modulation, angles, row, model.attention), x)
+
+
+def test_patches_there_and_back() -> None:
+    latent = torch.randn(4, 4, 6, 8)
+    for patch in ((1, 2, 2), (2, 3, 4), (4, 1, 1)):
+        tokens = patchify(latent, patch)
+        assert torch.equal(unpatchify(tokens, (4, 6, 8), patch), latent)
+    tokens, grid = patchify(latent, (1, 2, 2)), patch_grid((4, 6, 8), (1, 2, 2), latent.device)
+    t, h, w = grid[17].tolist()
+    assert torch.equal(
+        tokens[17], latent[:, t : t + 1, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 3, 0).flatten()
+    )
+
+
+def test_bad_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads"):
+        VideoDiTConfig(width=100, heads=3)
+    with pytest.raises(ValueError, match="do not fit"):
+        make_row(SHAPES, TEXTS, capacity=8)
