@@ -56,8 +56,8 @@ STILLS: dict[str, tuple[str, int, int, int, str]] = {
     "cyclist": ("bikes.mp4", 77, 272, 640, "A cyclist in black with a helmet waits at the roadside behind a dark van."),
     "street": ("bikes.mp4", 165, 272, 640, "A city street with old houses and cars behind a green railing."),
     "old-bicycle": ("bikes.mp4", 215, 272, 640, "An old bicycle with pale bags leans on a grey wall behind a bollard."),
-    "bow-tie": ("carphone_pristine.mp4", 0, 144, 96, "A man with brown hair, a dark suit and a red bow tie looks straight ahead."),
-    "singing": ("carphone_pristine.mp4", 97, 144, 144, "A man with a red bow tie sits in a car with his mouth wide open."),
+    "bow-tie": ("carphone_pristine.mp4", 0, 144, 96, "A man with brown hair, a dark suit and a red bow tie looks ahead."),
+    "singing": ("carphone_pristine.mp4", 108, 144, 144, "A man with a red bow tie sits in a car with his mouth wide open."),
 }  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def prepare(config: PrepareConfig, progress: Callable[[int, int, str], None]) ->
     if output.is_mount():
         raise DataError(f"{output}: is a mount point; name a directory below it")  # it appears by renaming
     tally = Tally()
-    sources = list_sources(root, output, tally)
+    sources = list_sources(root, tally)
     captions = Captions(root if root.is_dir() else root.parent, sources, tally)
     plan = {"config": _what_matters(config), "input": _fingerprint(sources, captions)}
     if _is_done(output, plan):
@@ -163,13 +163,10 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     return True
 
 
-def list_sources(root: Path, output: Path, tally: Tally) -> list[Source]:
-    """Videos and images by their suffix, in the order of their names; hidden files and the output are passed over."""
+def list_sources(root: Path, tally: Tally) -> list[Source]:
+    """Videos and images by their suffix, in the order of their names; hidden files are passed over."""
     if root.is_dir():
         files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-        if output.is_relative_to(root.resolve()):
-            inside = output.relative_to(root.resolve()).as_posix() + "/"
-            files = {name: path for name, path in files.items() if not name.startswith(inside)}
     else:
         files = {root.name: root}
     slugs: dict[str, str] = {}

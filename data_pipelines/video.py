@@ -125,7 +125,8 @@ class VideoReader:
     """One pass over the good frames of a video, in display order, one frame in memory at a time.
 
     What cannot be decoded before the first good frame is skipped. After it, the first damage ends the video, and
-    `damage` says what it was, so a truncated file yields its beginning. Raises `Undecodable` if it has no good frame.
+    `damage` says what it was, so a truncated file yields its beginning; up to a few B frames before the damage may show
+    it. Raises `Undecodable` if there is no good frame.
     """
 
     height: int  # as shown
@@ -139,13 +140,15 @@ class VideoReader:
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limits}
         try:
             file = BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
-            self._container = av.open(file, "r", options=options)
+            self._container = av.open(file, "r", options=options, metadata_errors="replace")
         except FFmpegError as error:
             raise Undecodable(f"no readable video ({error.strerror})") from error
         try:
             if not self._container.streams.video:
                 raise Undecodable("no video stream")
             self._stream = self._container.streams.video[0]
+            if self._stream.codec_context is None:
+                raise Undecodable("no decoder for its codec")
             check_size(self._stream.height, self._stream.width)
             self._stream.codec_context.options = limits  # holds for a size that changes midway too
             self._stream.thread_count = 1
@@ -195,7 +198,7 @@ class VideoReader:
                     raise Undecodable("the file ends before its header says")
             except (FFmpegError, Undecodable) as error:
                 if started:
-                    self.damage = str(error)
+                    self.damage = error.strerror if isinstance(error, FFmpegError) else str(error)
                 continue
             for frame in frames:
                 if frame.is_corrupt and started:
@@ -276,8 +279,8 @@ class Mp4Writer:
             str(target) if isinstance(target, Path) else target, "w", format="mp4", options={"fflags": "+bitexact"}
         )
         rate = Fraction(fps).limit_denominator(1001)
-        # x264's macroblock tree reads memory that it never wrote (its assembly, widths that are no multiple of 128): with
-        # it, the same frames give other bytes now and then.
+        # With x264's macroblock tree the same frames give other bytes now and then, depending on what memory held before
+        # (seen with libx264 of PyAV 18; its assembly is to blame, for without that, too, the bytes are the same).
         options = {"preset": "veryfast", "crf": str(crf), "mbtree": "0"}
         self._stream: Any = self._container.add_stream("libx264", rate=rate, options=options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"

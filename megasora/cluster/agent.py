@@ -19,6 +19,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from data_pipelines.errors import DataError
 from megasora.errors import CheckpointError, ConfigError, StoppedEarly
@@ -91,7 +92,9 @@ class Agent(LocalElasticAgent):
 
     def run_to_code(self) -> int:
         result = self.run()
-        if result is not None and not result.is_failed():
+        if result is None:
+            raise RendezvousClosedError("the other nodes went on without this one")
+        if not result.is_failed():
             return 0
         return self.root.exit_code if self.root else 1
 

@@ -1,5 +1,97 @@
 """Trains the causal video VAE on the shards: reconstruction and KL, images and clips mixed. Writes it to encode.vae.
 
 example:
-  megasora train-vae --config configs/demo.yaml --train_vae.steps=500 --encode.vae=data/vae
+  megasora train-vae --config configs/demo.yaml --train_vae.steps=1000 --encode.vae=data/vae
 """
+
+import argparse
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.index import MEDIA
+from data_pipelines.order import epochs
+from data_pipelines.shards import ShardSet
+from data_pipelines.video import Undecodable, decode
+from megasora.cli import add_config_argument
+from megasora.config import load_config
+from megasora.models.vae import VideoVAE
+from megasora.observe.logs import log, start_logging
+from megasora.observe.progress import Progress
+from megasora.seeding import fold
+from megasora.vae_training import train_vae
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_argument(parser, "vae", "train_vae", "encode")
+    parser.add_argument("--json", action="store_true", help="print the last metrics as one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    start_logging(None, rank=0)
+    clips = RandomCrops(ShardSet.open(Path(config.encode.input)), config.train_vae.size, config.train_vae.seed)
+    torch.manual_seed(fold(config.train_vae.seed, "vae"))
+    vae = VideoVAE(config.vae)
+    with Progress("train-vae") as progress:
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            progress(step, config.train_vae.steps, ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+
+        metrics = train_vae(vae, clips, config.train_vae, report)
+    vae.save(Path(config.encode.vae))
+    if args.json:
+        print(json.dumps(metrics))
+    skipped = f", {len(clips.bad)} unreadable samples skipped" if clips.bad else ""
+    log.info("%s%s -> %s", {name: round(value, 3) for name, value in metrics.items()}, skipped, config.encode.vae)
+
+
+class RandomCrops:
+    """(step, batch, frames) -> [B, 3, T, H, W]: square crops of the shards' clips, a function of the seed and the step.
+
+    Samples that are shorter, smaller or cannot be read are passed over; DataError when none is left.
+    """
+
+    def __init__(self, shards: ShardSet, size: int, seed: int) -> None:
+        self.shards, self.size, self.seed = shards, size, seed
+        self.sample_at = epochs(len(shards), lambda epoch: fold(seed, "clips", epoch))
+        self.bad: dict[int, str] = {}
+        self.decoded = lru_cache(maxsize=64)(self._decode)
+
+    def __call__(self, step: int, batch: int, frames: int) -> Tensor:
+        rng = np.random.default_rng(fold(self.seed, "crop", step))
+        first = (step * batch) % (1 << 40)
+        clips: list[np.ndarray] = []
+        for place in range(first, first + batch + len(self.shards)):
+            if len(clips) == batch:
+                break
+            video = self.decoded(self.sample_at(place))
+            if video is None or len(video) < frames:
+                continue
+            T, H, W, _ = video.shape
+            t, y, x = (rng.integers(room + 1) for room in (T - frames, H - self.size, W - self.size))
+            crop = video[t : t + frames, y : y + self.size, x : x + self.size]
+            clips.append(crop[:, :, ::-1] if rng.integers(2) else crop)
+        if not clips:
+            why = next(iter(self.bad.values()), "too short or too small")
+            raise DataError(f"{self.shards.directory}: no sample of {frames} frames and {self.size} pixels a side ({why})")
+        while len(clips) < batch:  # fewer samples than a batch
+            clips.append(clips[len(clips) % len(clips)])
+        return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+    def _decode(self, index: int) -> np.ndarray | None:
+        row = self.shards.row(index)
+        if min(row.height, row.width) < self.size:
+            return None
+        try:
+            members = self.shards.read(index)
+            media = next(content for suffix, content in members.items() if suffix in MEDIA)
+            return decode(media, frames=row.frames, height=row.height, width=row.width)
+        except (BadSample, Undecodable) as error:
+            self.bad[index] = str(error)
+            return None

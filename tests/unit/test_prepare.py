@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def quiet(done: int, count: int, name: str) -> None:
-    assert 0 <= done <= count
+    assert 0 <= done <= count, name
 
 
 def run(source: Path, output: Path, **options: object) -> tuple[dict, ShardSet]:
@@ -35,7 +36,7 @@ def plain(frames: int, colour: tuple[int, int, int], height: int = 64, width: in
 
 
 def test_a_shot_change_ends_a_piece_and_each_has_its_own_frames(tmp_path):
-    shots = [plain(20, (200, 30, 30)), plain(26, (30, 30, 200)), plain(5, (250, 250, 250)), plain(18, (20, 160, 60))]
+    shots = [plain(20, (30, 50, 40)), plain(26, (60, 90, 220)), plain(5, (250, 250, 250)), plain(18, (20, 160, 60))]
     write_clip(tmp_path / "in" / "four shots.mp4", np.concatenate(shots), "colours")
     report, shards = run(tmp_path / "in", tmp_path / "out")
     assert report["dropped"] == {"too short": 1}
@@ -64,7 +65,7 @@ def test_a_long_shot_is_cut_into_pieces_with_every_frame_in_its_place(tmp_path):
         numbers.append([read_number(frame) for frame in clip])
         assert json.loads(shards.read(index)["json"])["start"] == numbers[-1][0]
     assert [len(piece) for piece in numbers] == [25, 25, 10]
-    assert sum(numbers, []) == list(range(60))
+    assert list(chain(*numbers)) == list(range(60))
 
 
 def test_sizes_are_bounded_and_keep_their_shape(tmp_path):
@@ -171,11 +172,11 @@ def test_a_second_run_does_nothing_or_refuses(tmp_path):
     config = PrepareConfig(input=str(source), output=str(output), shot_threshold=250.0)
     assert prepare(config, quiet)["already_done"] is False
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    said: list[str] = []
-    again = prepare(config, lambda done, count, name: said.append(name))
+    said: list[tuple[int, int, str]] = []
+    again = prepare(config, lambda *progress: said.append(progress))
     assert again["already_done"] is True
     assert again["kept"] == 1
-    assert said == ["already prepared"]
+    assert said == [(1, 1, "already prepared")]
     with pytest.raises(DataError, match=r"clip_seconds 4\.0 -> 2\.0"):
         prepare(replace(config, clip_seconds=2.0), quiet)
     (source / "clip.txt").write_text("another caption")

@@ -113,11 +113,12 @@ def test_a_truncated_video_yields_its_beginning():
         assert (decode(whole[: len(whole) * 2 // 3], frames=count, height=64, width=96) == expected[:count]).all()
 
 
-def test_a_damaged_frame_ends_the_video():
+@pytest.mark.parametrize("length", [16, 2000])  # what the decoder conceals, and what it gives up on
+def test_a_damaged_frame_ends_the_video(length):
     whole = video_bytes(noise(48))
     expected = decode(whole, frames=48, height=64, width=96)
     damaged = bytearray(whole)
-    damaged[len(whole) // 2 : len(whole) // 2 + 2000] = b"\xff" * 2000
+    damaged[len(whole) // 2 : len(whole) // 2 + length] = b"\xff" * length
     with VideoReader(bytes(damaged)) as reader:
         count = sum(1 for _ in reader)
         assert reader.damage
@@ -144,12 +145,32 @@ def test_undecodable(source):
         decode(source, frames=1, height=16, width=16)
 
 
+def test_titles_in_other_encodings_and_unknown_codecs():
+    source = video_bytes(numbered(5))
+    assert probe(source.replace(b"VideoHandler", b"Vid\xe9oHandler")).frames == 5
+    with pytest.raises(Undecodable, match="no decoder"):
+        probe(source.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzz"))
+
+
+def test_a_file_cannot_make_another_one_be_opened(tmp_path):
+    (tmp_path / "secret.mp4").write_bytes(video_bytes(numbered(5)))
+    (tmp_path / "secret.ts").write_bytes(video_bytes(numbered(5), container="mpegts"))
+    for text in (
+        "ffconcat version 1.0\nfile secret.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n",
+    ):
+        (tmp_path / "clip.mp4").write_text(text)
+        with pytest.raises(Undecodable):
+            probe(tmp_path / "clip.mp4")
+
+
 def test_sound_alone_is_no_video():
     header = b"RIFF" + struct.pack("<I", 36 + 8000) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
     with pytest.raises(Undecodable):
         probe(header + b"data" + struct.pack("<I", 8000) + bytes(8000))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_absurd_sizes_are_refused_before_decoding():
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -212,6 +233,17 @@ def test_encode_mp4_keeps_colours_and_frames_and_gives_the_same_bytes(tmp_path):
     )
     with pytest.raises(ValueError, match="even"):
         encode_mp4(clip[:, :47], 24, io.BytesIO())
+
+
+def test_encode_mp4_gives_the_same_bytes_whatever_memory_held_before():
+    clip, generator, found = noise(20), np.random.default_rng(0), set()
+    for _ in range(40):
+        junk = [generator.integers(0, 255, generator.integers(1, 100_000), np.uint8) for _ in range(10)]
+        target = io.BytesIO()
+        encode_mp4(clip, 24, target)
+        found.add(target.getvalue())
+        del junk
+    assert len(found) == 1
 
 
 def test_contact_sheet(tmp_path):

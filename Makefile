@@ -1,0 +1,51 @@
+# make help
+# PYTHON is the interpreter the virtual environment is made from (3.11 or newer). On a CPU machine, unless pip finds CPU
+# wheels of torch by itself: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SCRIPTS := $(wildcard launch/*.sh launch/*.sbatch) .ci/run
+
+# What is compiled or downloaded on the way stays in the project.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
+export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
+export HF_HOME ?= $(CURDIR)/.cache/huggingface
+
+.PHONY: help setup demo test test-all lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## make .venv and install MegaSora into it, editable
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup ## the whole road on real video: clips, shards, VAE, latents, training, sampling
+	launch/demo.sh
+
+test test-all: export OMP_NUM_THREADS = 1
+
+test: setup ## the tests, without the long cases; what was skipped, and why, is listed at the end
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-all: setup ## the tests with the full matrices
+	$(BIN)/python -m pytest -q
+
+lint: setup ## ruff, mypy, shellcheck, hadolint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck -x $(SCRIPTS)
+	$(BIN)/hadolint Dockerfile
+
+clean: ## remove caches and build output; .venv, data/ and runs/ stay
+	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build dist ./*.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

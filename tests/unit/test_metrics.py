@@ -1,0 +1,49 @@
+from pathlib import Path
+
+from megasora.observe.metrics import Journal, StepMetrics, console_line, history, read_lines
+
+
+def line(attempt: int, step: int, loss: float) -> StepMetrics:
+    return StepMetrics(
+        attempt=attempt, time=0.0, step=step, stage="main", loss=loss, grad_norm=1.0, lr=1e-4, samples=4, tokens=100,
+        bucket={"1x64x64": 4}, order="0", bad_samples=0, step_time_s=0.5, data_wait_s=0.001, tokens_per_s=200.0,
+        tflops_per_device=0.1, mfu=0.5, imbalance=1.0, padding=0.0, peak_memory_bytes=2**30, world=1, layout="dp1",
+    )  # fmt: skip
+
+
+def test_of_one_step_the_highest_attempt_counts_and_torn_lines_do_not(tmp_path: Path) -> None:
+    first = Journal(tmp_path, tensorboard=False)
+    first.event("start")
+    for step in (1, 2, 3):
+        first.step(line(first.attempt, step, loss=step))
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"attempt": 0, "step": 4, "lo')  # killed here
+    second = Journal(tmp_path, tensorboard=False)
+    second.event("start")
+    assert second.attempt == 1
+    for step in (3, 4):
+        second.step(line(second.attempt, step, loss=10 * step))
+    second.close()
+    assert [(m["step"], m["attempt"], m["loss"]) for m in history(tmp_path)] == [
+        (1, 0, 1),
+        (2, 0, 2),
+        (3, 1, 30),
+        (4, 1, 40),
+    ]
+    assert len(list(read_lines(tmp_path / "metrics.jsonl"))) == 5
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, tensorboard=False)
+    journal.step(line(0, 1, loss=float("nan")))
+    journal.close()
+    assert history(tmp_path)[0]["loss"] is None
+
+
+def test_the_console_line() -> None:
+    text = console_line(line(0, 120, 0.4312), last=400, seconds_left=3905.0)
+    assert text.startswith("step 120/400 main loss 0.4312 grad 1.000 lr 1.0e-04 |")
+    assert "200 tok/s" in text
+    assert "MFU 50 %" in text
+    assert "ETA 1:05:05" in text
