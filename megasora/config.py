@@ -244,9 +244,11 @@ def check_keys(raw: Any, kind: Any, prefix: str) -> None:
 
 
 def _nearest(name: str, kind: Any, prefix: str) -> str:
-    """The most similar key: of the same section if one is close, else of all."""
+    """The most similar key: of the same section if one is close, else one of the same last name, else of all."""
     here = [f"{prefix}{key}" for key in _keys(kind)]
-    for candidates, cutoff in ((here, 0.75), (sorted(flatten(to_dict(Config()))), 0.6), (here, 0.0)):
+    everywhere = sorted(flatten(to_dict(Config())))
+    same_leaf = [key for key in everywhere if key.split(".")[-1] == name.split(".")[-1]]
+    for candidates, cutoff in ((here, 0.75), (same_leaf, 0.0), (everywhere, 0.6), (here, 0.0)):
         if found := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return found[0]
     return here[0]

@@ -28,14 +28,12 @@ STOPPED_EARLY = StoppedEarly.exit_code
 VERDICTS = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
 TOLD_BY_WORKER = (0, 1, *VERDICTS, STOPPED_EARLY)  # with these codes a worker has printed a message of its own
 
-# Seconds.
-SETTLE = (
-    2.0  # a failed worker's peers may fail of it a moment later, or even earlier: so long all may end by themselves
-)
+# Seconds that are granted:
+SETTLE = 2.0  # to all workers after a failure: those that fail of the same cause may end later than the first
 TERMINATE = 10  # from SIGTERM to SIGKILL, for workers whose peers are gone
-SAVE = 300.0  # for the other workers when one has stopped early: they may still be writing the checkpoint
-AGREE = SETTLE + TERMINATE + 8.0  # for the other nodes to report after a failure
-LEAVE = 5.0  # for the other nodes to leave the rendezvous before the one that serves it
+SAVE = 300.0  # to the other workers when one has stopped early: they may still be writing the checkpoint
+AGREE = SETTLE + TERMINATE + 8.0  # to the other nodes to report after a failure
+LEAVE = 5.0  # to the other nodes to leave the rendezvous before the one that serves it
 
 
 @dataclass(frozen=True)

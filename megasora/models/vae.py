@@ -288,4 +288,6 @@ class VideoVAE(nn.Module):
         t, s, _ = self.config.compression
         _, _, T, H, W = video.shape
         if (T - first) % t or H % s or W % s:
-            raise ValueError(f"{T} frames of {H}x{W}: wanted are {'1 + ' * first}a multiple of {t}, of multiples of {s}")
+            raise ValueError(
+                f"{T} frames of {H}x{W}: wanted are {'1 + ' * first}a multiple of {t}, of multiples of {s}"
+            )

@@ -43,8 +43,8 @@ class VideoDiTConfig:
 
 WAN_14B = VideoDiTConfig(width=5120, depth=40, heads=40, ffn=13824, text_width=4096)
 PRESETS: dict[str, VideoDiTConfig] = {
-    "MegaSora-demo": VideoDiTConfig(width=192, depth=8, heads=4, ffn=768),
-    "MegaSora-10M": VideoDiTConfig(),
+    "MegaSora-demo": VideoDiTConfig(depth=4),
+    "MegaSora-10M": VideoDiTConfig(depth=8),
     "MegaSora-100M": VideoDiTConfig(width=768, depth=8, heads=12, ffn=3072, text_width=4096),
     "Wan2.1-1.3B": replace(WAN_14B, width=1536, depth=30, heads=12, ffn=8960),
     "Wan2.1-14B": WAN_14B,

@@ -79,7 +79,9 @@ class RandomCrops:
             clips.append(crop[:, :, ::-1] if rng.integers(2) else crop)
         if not clips:
             why = next(iter(self.bad.values()), "too short or too small")
-            raise DataError(f"{self.shards.directory}: no sample of {frames} frames and {self.size} pixels a side ({why})")
+            raise DataError(
+                f"{self.shards.directory}: no sample of {frames} frames and {self.size} pixels a side ({why})"
+            )
         while len(clips) < batch:  # fewer samples than a batch
             clips.append(clips[len(clips) % len(clips)])
         return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1

@@ -74,6 +74,7 @@ def identical(run: Path) -> list[tuple[object, ...]]:
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
     directory = tmp_path_factory.mktemp("road")
+    (directory / "raw").mkdir()
     draw_clips(directory / "raw")
     config = yaml.safe_load(yaml.safe_dump(CONFIG))
     config["prepare"] |= {"input": str(directory / "raw"), "output": str(directory / "shards")}

@@ -31,7 +31,8 @@ def test_the_wheel_runs_elsewhere(tmp_path: Path) -> None:
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "optim.lr?" in done.stderr
-    where = "import megasora, data_pipelines, megasora_kernels.layernorm_modulate as k; print(megasora.__file__, data_pipelines.__file__, k.__file__)"
+    where = "import megasora as a, data_pipelines as b, megasora_kernels.layernorm_modulate as c; "
+    where += "print(a.__file__, b.__file__, c.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", where], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=True
     )

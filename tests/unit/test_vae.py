@@ -1,0 +1,296 @@
+"""The video VAE: shapes, causality, streaming, its linear transform, normalisation, and that training learns."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megasora.models.vae import Cache, Fold, Spatial, Temporal, Unfold, VAEConfig, VideoVAE
+from megasora.vae_training import TrainVAEConfig, psnr, train_vae
+
+SMALL = VAEConfig(width=8)
+
+
+def build(config: VAEConfig = SMALL, seed: int = 0) -> VideoVAE:
+    torch.manual_seed(seed)
+    vae = VideoVAE(config)
+    vae.latent_mean.uniform_(-1, 1)  # not the identity, so that normalisation shows
+    vae.latent_std.uniform_(0.5, 2)
+    return vae
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def moving_stripes(seed: int = 0) -> Callable[[int, int, int], Tensor]:
+    """(step, batch, frames) -> clips of coloured sine gratings that move; a function of the seed and the step."""
+
+    def clips(step: int, batch: int, frames: int) -> Tensor:
+        rng = np.random.default_rng([seed, step % 1_000_003])
+        t, y, x = np.meshgrid(np.arange(frames), np.arange(32), np.arange(32), indexing="ij")
+        videos = []
+        for _ in range(batch):
+            direction, speed, phase = (
+                rng.uniform(-0.3, 0.3, 2),
+                rng.uniform(-0.5, 0.5),
+                rng.uniform(0, 6.3, (3, 1, 1, 1)),
+            )
+            videos.append(np.sin(direction[0] * y + direction[1] * x + speed * t + phase) * 0.8)
+        return torch.from_numpy(np.stack(videos)).float()
+
+    return clips
+
+
+def ignore(step: int, metrics: dict[str, float]) -> None:
+    pass
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_shapes(frames: int) -> None:
+    vae = build()
+    assert vae.config.compression == (4, 8, 8)
+    with torch.no_grad():
+        mean, logvar = vae.encode(noise(2, 3, frames, 16, 24))
+        assert mean.shape == logvar.shape == (2, 16, 1 + frames // 4, 2, 3)
+        assert vae.decode(mean).shape == (2, 3, frames, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "config, compression",
+    [
+        (VAEConfig(width=4, patch=2, multipliers=(1, 2, 4, 4), strides=((1, 2), (2, 2), (2, 2))), (4, 16, 16)),
+        (VAEConfig(width=4, patch=4, multipliers=(1, 2, 4, 4), strides=((2, 2), (2, 2), (2, 2))), (8, 32, 32)),
+    ],
+)
+def test_other_compressions_follow_from_the_strides(config: VAEConfig, compression: tuple[int, int, int]) -> None:
+    assert config.compression == compression
+    t, s, _ = compression
+    with torch.no_grad():
+        vae = build(config)
+        mean, _ = vae.encode(noise(1, 3, 1 + 2 * t, s, 2 * s))
+        assert mean.shape == (1, 16, 3, 1, 2)
+        assert vae.decode(mean).shape == (1, 3, 1 + 2 * t, s, 2 * s)
+
+
+def test_sizes_that_do_not_fit_are_errors() -> None:
+    vae = build()
+    for frames, height, width in [(4, 16, 16), (2, 16, 16), (5, 12, 16), (5, 16, 20)]:
+        with pytest.raises(ValueError, match=f"{frames} frames of {height}x{width}"):
+            vae.encode(noise(1, 3, frames, height, width))
+    cache: Cache = {}
+    vae.encode(noise(1, 3, 1, 16, 16), cache)
+    with pytest.raises(ValueError, match="5 frames"):  # later chunks are multiples of 4
+        vae.encode(noise(1, 3, 5, 16, 16), cache)
+    with pytest.raises(ValueError, match="multipliers"):
+        VAEConfig(multipliers=(1, 2))
+
+
+def test_an_image_is_the_first_frame() -> None:
+    vae, video = build(), noise(1, 3, 9, 16, 16)
+    with torch.no_grad():
+        image, whole = vae.encode(video[:, :, :1]), vae.encode(video)
+        for one, many in zip(image, whole, strict=True):
+            torch.testing.assert_close(one, many[:, :, :1], rtol=0, atol=1e-5)
+        latent = noise(1, 16, 3, 2, 2)
+        torch.testing.assert_close(vae.decode(latent[:, :, :1]), vae.decode(latent)[:, :, :1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 4, 4), (1, 16), (5, 12), (9, 4, 4), (13, 4)])
+def test_streaming_equals_the_whole(chunks: tuple[int, ...]) -> None:
+    vae, video = build(), noise(1, 3, 17, 16, 24)
+    with torch.no_grad():
+        mean, logvar = vae.encode(video)
+        streamed = list(vae.encode_stream(video.split(chunks, dim=2)))
+        torch.testing.assert_close(torch.cat([m for m, _ in streamed], dim=2), mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat([v for _, v in streamed], dim=2), logvar, rtol=0, atol=1e-5)
+        sizes = [(frames + 3) // 4 for frames in chunks]
+        pixels = torch.cat(list(vae.decode_stream(mean.split(sizes, dim=2))), dim=2)
+        torch.testing.assert_close(pixels, vae.decode(mean), rtol=0, atol=1e-5)
+
+
+def test_streaming_needs_constant_memory() -> None:
+    vae = build()
+    cache: Cache = {}
+    held = []
+    with torch.no_grad():
+        for frames in (1, 4, 4, 4, 4):
+            vae.encode(noise(1, 3, frames, 16, 16), cache)
+            held.append(sum(kept.numel() for kept in cache.values()))
+    assert held[1:] == held[1:2] * 4
+    assert held[-1] > 0
+
+
+def test_latents_do_not_see_the_future() -> None:
+    vae, video = build(), noise(1, 3, 17, 16, 16)
+    other = video.clone()
+    other[:, :, 9:] = noise(1, 3, 8, 16, 16, seed=2)  # latent frame 2 ends with pixel frame 8
+    with torch.no_grad():
+        a, b = vae.encode(video)[0], vae.encode(other)[0]
+        assert torch.equal(a[:, :, :3], b[:, :, :3])
+        assert not torch.equal(a[:, :, 3], b[:, :, 3])
+        late = a.clone()
+        late[:, :, 3:] += 1
+        x, y = vae.decode(a), vae.decode(late)
+        assert torch.equal(x[:, :, :9], y[:, :, :9])
+        assert not torch.equal(x[:, :, 9], y[:, :, 9])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_against_conv3d(stride: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, 6, 4)
+    plain = x.permute(0, 4, 1, 2, 3)
+    temporal, spatial = Temporal(4, 7, stride), Spatial(4, 7, stride)
+    front = torch.cat([plain[:, :, :1]] * 2 + [plain], dim=2)
+    weight = temporal.conv.weight[..., None]  # [out, in, 3, 1] -> [out, in, 3, 1, 1]
+    expected = F.conv3d(front, weight, temporal.conv.bias, stride=(stride, 1, 1))
+    torch.testing.assert_close(temporal(x, None).permute(0, 4, 1, 2, 3), expected, rtol=1e-5, atol=1e-5)
+    expected = F.conv3d(
+        plain, spatial.conv.weight[:, :, None], spatial.conv.bias, stride=(1, stride, stride), padding=(0, 1, 1)
+    )
+    torch.testing.assert_close(spatial(x).permute(0, 4, 1, 2, 3), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fold_gathers_blocks_and_unfold_inverts_it() -> None:
+    x = torch.arange(1 * 9 * 4 * 6 * 3, dtype=torch.float32).reshape(1, 9, 4, 6, 3)
+    folded = Fold(4, 2)(x, None)
+    assert folded.shape == (1, 3, 2, 3, 3 * 16)
+    first = folded[0, 0, 1, 2].reshape(3, 4, 2, 2)  # channel, frame, row, column of one block
+    later = folded[0, 2, 1, 2].reshape(3, 4, 2, 2)
+    for channel in range(3):
+        for frame in range(4):
+            assert torch.equal(first[channel, frame], x[0, 0, 2:4, 4:6, channel])
+            assert torch.equal(later[channel, frame], x[0, 5 + frame, 2:4, 4:6, channel])
+    assert torch.equal(Unfold(4, 2)(folded, None), x)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    vae = build()
+    mean, logvar = vae.posterior(noise(1, 3, 9, 16, 16))
+    (vae.reconstruct(mean + logvar.exp()).square().mean() + logvar.square().mean()).backward()
+    for name, parameter in vae.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_normalised_latents() -> None:
+    vae, video = build(), noise(1, 3, 5, 16, 16)
+    with torch.no_grad():
+        raw_mean, raw_logvar = vae.posterior(video)
+        mean, logvar = vae.encode(video)
+        m, s = vae.latent_mean.view(1, 16, 1, 1, 1), vae.latent_std.view(1, 16, 1, 1, 1)
+        torch.testing.assert_close(mean * s + m, raw_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close((0.5 * logvar).exp() * s, (0.5 * raw_logvar).exp(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(vae.decode(mean), vae.reconstruct(raw_mean), rtol=0, atol=1e-5)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    vae, video = build(), noise(1, 3, 5, 16, 16)
+    vae.save(tmp_path / "vae")
+    loaded = VideoVAE.load(tmp_path / "vae")
+    assert loaded.config == vae.config
+    assert loaded.fingerprint() == vae.fingerprint()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded.encode(video), vae.encode(video), strict=True))
+        next(loaded.decoder.parameters()).view(-1)[0] += 1e-3
+    assert loaded.fingerprint() != vae.fingerprint()
+    loaded = VideoVAE.load(tmp_path / "vae")
+    loaded.latent_mean[3] += 1e-3  # the statistics are part of what latents mean
+    assert loaded.fingerprint() != vae.fingerprint()
+    with pytest.raises(OSError, match=r"config\.json"):
+        VideoVAE.load(tmp_path / "none")
+
+
+def test_linear_transform_is_the_principal_components() -> None:
+    """Its error is the variance outside the leading components, by numpy's SVD of the same blocks."""
+    vae = build()
+    with torch.no_grad():
+        for module in (vae.encoder.outputs, vae.decoder.outputs):  # only the linear path remains
+            for parameter in module.parameters():
+                parameter.zero_()
+    rng = np.random.default_rng(0)
+    factors = rng.standard_normal((2 * 4 * 4, 40)) * np.geomspace(1, 0.01, 40)
+    blocks = factors @ rng.standard_normal((40, 3 * 4 * 8 * 8)) * 0.1
+    later = torch.from_numpy(blocks).float().reshape(2, 4, 4, 3, 4, 8, 8).permute(0, 3, 4, 1, 5, 2, 6)
+    video = torch.cat([torch.zeros(2, 3, 1, 32, 32), later.reshape(2, 3, 4, 32, 32)], dim=2)
+    vae.fit_linear([video])
+    data = np.concatenate([np.zeros((32, 768)), blocks])  # the first frames' blocks are zero
+    values = np.linalg.svd(data - data.mean(0), compute_uv=False)
+    with torch.no_grad():
+        mean, _ = vae.posterior(video)
+        error = vae.encoder.fold_all((vae.reconstruct(mean) - video).permute(0, 2, 3, 4, 1), None)
+    assert error.square().sum().item() == pytest.approx((values[16:] ** 2).sum(), rel=0.03)
+    channels = mean.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(channels.mean(1), torch.zeros(16), rtol=0, atol=1e-3)
+    torch.testing.assert_close(channels.std(1, correction=0), torch.ones(16), rtol=0, atol=0.02)
+
+
+TRAIN = TrainVAEConfig(steps=60, lr=1e-3, batch=2, frames=9, size=32, image_every=4, warmup=5, ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[VideoVAE, dict[str, float], list[dict[str, float]]]:
+    torch.manual_seed(0)
+    vae = VideoVAE(SMALL)
+    logged: list[dict[str, float]] = []
+    metrics = train_vae(vae, moving_stripes(), TRAIN, lambda _, m: logged.append(dict(m)))
+    return vae, metrics, logged
+
+
+def reconstruction(vae: VideoVAE, frames: int) -> float:
+    video = moving_stripes(seed=9)(0, 4, frames)  # another seed than training saw
+    with torch.no_grad():
+        return psnr(vae.decode(vae.encode(video)[0]) - video)
+
+
+def test_training_learns(trained: tuple[VideoVAE, dict[str, float], list[dict[str, float]]]) -> None:
+    vae, metrics, logged = trained
+    torch.manual_seed(0)
+    untrained = VideoVAE(SMALL)
+    for frames in (1, 9):
+        assert reconstruction(untrained, frames) < 12
+        assert reconstruction(vae, frames) > 22
+    assert len(logged) == TRAIN.steps
+    assert {"loss", "kl", "psnr_image", "psnr_video"} <= metrics.keys()
+    early, late = ([m["loss"] for m in part] for part in (logged[:10], logged[-10:]))
+    assert sum(late) < 0.7 * sum(early)  # beyond what the linear transform gives at once
+
+
+def test_latents_after_training_are_normalised(
+    trained: tuple[VideoVAE, dict[str, float], list[dict[str, float]]],
+) -> None:
+    vae = trained[0]
+    clips = moving_stripes()
+    with torch.no_grad():
+        means = [vae.encode(clips(TRAIN.steps + i, TRAIN.batch, TRAIN.frames))[0] for i in range(16)]
+    channels = torch.cat([mean.transpose(0, 1).flatten(1) for mean in means], dim=1)
+    torch.testing.assert_close(channels.mean(1), torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(channels.std(1), torch.ones(16), rtol=0, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    def weights(seed: int, global_seed: int) -> str:
+        torch.manual_seed(0)
+        vae = VideoVAE(SMALL)
+        torch.manual_seed(global_seed)  # training draws from its own generator
+        train_vae(vae, moving_stripes(), dataclasses.replace(TRAIN, steps=3, seed=seed), ignore)
+        return vae.fingerprint()
+
+    assert weights(1, 10) == weights(1, 20)
+    assert weights(1, 10) != weights(2, 10)
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    def broken(step: int, batch: int, frames: int) -> Tensor:
+        video = moving_stripes()(step, batch, frames)
+        return video * float("nan") if step == 2 else video
+
+    with pytest.raises(FloatingPointError, match="step 3"):
+        train_vae(build(), broken, dataclasses.replace(TRAIN, steps=5), ignore)
