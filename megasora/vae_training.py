@@ -80,11 +80,11 @@ def train_vae(
 
 @torch.no_grad()
 def measure_latents(vae: VideoVAE, clips: Clips, config: TrainVAEConfig, batches: int = 16) -> None:
-    """Sets the mean and deviation of each latent channel, so that `encode` gives unit variance."""
+    """Sets the mean of each latent channel and the one scale of all, so that `encode` gives unit variance."""
     drawn = [vae.posterior(clips(config.steps + i, config.batch, config.frames))[0] for i in range(batches)]
     flat = torch.cat([mean.transpose(0, 1).flatten(1) for mean in drawn], dim=1)  # [C, positions]
     vae.latent_mean.copy_(flat.mean(1))
-    vae.latent_std.copy_(flat.std(1).clamp(min=1e-4))
+    vae.latent_std.copy_((flat - flat.mean(1, keepdim=True)).square().mean().sqrt().clamp(min=1e-4))
 
 
 def psnr(error: Tensor) -> float:

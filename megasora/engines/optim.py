@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from megasora.engines.muon import Muon
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -36,10 +38,7 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int) -> fl
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Optimizers that together own every parameter once. Biases, norms and modulation tables do not decay.
-
-    Muon (Jordan et al. 2024) takes the matrices of the blocks, its updates scaled to AdamW's size so that one rate serves.
-    """
+    """Optimizers that together own every parameter once. Biases and norms do not decay; Muon takes the blocks' matrices."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -55,13 +54,5 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     ]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        optimizers.append(Muon(matrices, config.lr, config.momentum, config.weight_decay))
     return optimizers

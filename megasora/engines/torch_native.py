@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from megasora.engines.muon import sharded_like
 from megasora.engines.optim import OptimConfig, build_optimizers
 from megasora.parallel.mesh import Processes
 
@@ -194,7 +195,4 @@ def init_weights(model: nn.Module, build: Callable[[], nn.Module], seed: int) ->
     whole.init_weights()  # type: ignore[operator]
     with torch.no_grad():
         for target, source in zip(model.parameters(), whole.parameters(), strict=True):
-            value: Tensor = source.to(target.device)
-            if isinstance(target, DTensor):
-                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-            target.copy_(value)
+            target.copy_(sharded_like(target, source.to(target.device)))

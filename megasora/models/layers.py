@@ -29,6 +29,14 @@ def rotary_angles(grid: Tensor, head_width: int, theta: float = 10_000.0) -> Ten
     return torch.cat(angles, dim=-1)
 
 
+def sincos_embedding(grid: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """[L, 3] coordinates -> [L, width] fp32: sines and cosines of time, row and column, as DiT and Latte add to patches."""
+    frequencies = width // 6
+    steps = torch.arange(frequencies, device=grid.device) / frequencies
+    angles = (grid.float()[:, :, None] * max_period**-steps).flatten(1)  # [L, 3 · frequencies]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width - 6 * frequencies))
+
+
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """x [L, N, K] turned by [L, K/2] angles, neighbouring channels being one complex number. Computed in fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))

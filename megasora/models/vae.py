@@ -197,7 +197,8 @@ class Decoder(nn.Module):
 class VideoVAE(nn.Module):
     """Videos [B, 3, 1 + t·k, H, W] in [-1, 1] to latents [B, C, 1 + k, H/s, W/s] and back.
 
-    `encode` and `decode` speak normalised latents, of mean 0 and variance 1 per channel, by the statistics that training left.
+    `encode` and `decode` speak normalised latents, by the statistics that training left: each channel has mean 0, and all
+    channels together variance 1 (one scale, as in latent diffusion: a channel that matters more to the picture stays larger).
     """
 
     latent_mean: Tensor
@@ -207,8 +208,16 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self._begin_quietly()
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    @torch.no_grad()
+    def _begin_quietly(self) -> None:
+        """At first the network adds nothing to the linear transform, and the posterior is narrow."""
+        for parameter in (*self.encoder.outputs.parameters(), *self.decoder.outputs.parameters()):
+            parameter.zero_()
+        self.encoder.outputs.bias[self.config.latent_channels :] = -6.0
 
     def posterior(self, video: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance as training sees them, before normalisation. Raises ValueError for sizes that do not fit."""
@@ -247,7 +256,11 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def fit_linear(self, videos: Iterable[Tensor]) -> None:
-        """Sets the linear transform to the leading principal components of the videos' blocks, unit variance each."""
+        """Sets the linear transform to the leading principal components of the videos' blocks.
+
+        They are whitened by half (the square root of their deviation): a diffusion model then cares most for what the eye
+        sees most, and still for the rest.
+        """
         fold = self.encoder.fold_all
         blocks = torch.cat([fold(rearrange(v, "B C T H W -> B T H W C"), None).flatten(0, 3) for v in videos])
         generator_state = torch.get_rng_state()
@@ -255,7 +268,7 @@ class VideoVAE(nn.Module):
         mean = blocks.mean(0)
         _, sizes, axes = torch.pca_lowrank(blocks, self.config.latent_channels, niter=4)
         torch.set_rng_state(generator_state)
-        deviation = (sizes / len(blocks) ** 0.5).clamp(min=1e-4)
+        deviation = (sizes / len(blocks) ** 0.5).clamp(min=1e-4).sqrt()
         self.encoder.linear.weight.copy_((axes / deviation).T)
         self.encoder.linear.bias.copy_(-(mean @ axes) / deviation)
         self.decoder.linear.weight.copy_(axes * deviation)

@@ -5,13 +5,14 @@ Wan 2.1, whose weights it can hold. A row of packed samples goes in; each sample
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
 from megasora.models.attention import ATTENTION, Attention
-from megasora.models.layers import MLP, LayerNorm, RMSNorm, rotary_angles, rotate, timestep_embedding
+from megasora.models.layers import MLP, LayerNorm, RMSNorm, rotary_angles, rotate, sincos_embedding, timestep_embedding
 from megasora.models.packing import PackedRow, Patch, Segments
 
 
@@ -26,6 +27,7 @@ class VideoDiTConfig:
     channels: int = 16
     patch: Patch = (1, 2, 2)
     text_width: int = 128
+    position: Literal["rope", "rope+sincos"] = "rope"  # sincos tells small models where a patch is, not only how far apart
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -43,7 +45,7 @@ class VideoDiTConfig:
 
 WAN_14B = VideoDiTConfig(width=5120, depth=40, heads=40, ffn=13824, text_width=4096)
 PRESETS: dict[str, VideoDiTConfig] = {
-    "MegaSora-demo": VideoDiTConfig(depth=4),
+    "MegaSora-demo": VideoDiTConfig(depth=4, position="rope+sincos"),
     "MegaSora-10M": VideoDiTConfig(depth=8),
     "MegaSora-100M": VideoDiTConfig(width=768, depth=8, heads=12, ffn=3072, text_width=4096),
     "Wan2.1-1.3B": replace(WAN_14B, width=1536, depth=30, heads=12, ffn=8960),
@@ -148,6 +150,8 @@ class VideoDiT(nn.Module):
     def forward(self, row: PackedRow) -> Tensor:
         """[L, P] noisy patches -> [L, P] prediction."""
         x = self.patch_embed(row.tokens)  # [L, D]
+        if self.config.position == "rope+sincos":
+            x = x + sincos_embedding(row.grid, self.config.width).type_as(x)
         text = self.text_embed(row.text)  # [M, D]
         with torch.autocast(row.tokens.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(row.timestep))  # [S, D], fp32

@@ -7,6 +7,7 @@ example:
 import argparse
 import json
 from functools import lru_cache
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +83,7 @@ class RandomCrops:
             raise DataError(
                 f"{self.shards.directory}: no sample of {frames} frames and {self.size} pixels a side ({why})"
             )
-        while len(clips) < batch:  # fewer samples than a batch
-            clips.append(clips[len(clips) % len(clips)])
+        clips = list(islice(cycle(clips), batch))  # again, where there are fewer samples than a batch
         return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
     def _decode(self, index: int) -> np.ndarray | None:

@@ -148,8 +148,7 @@ def test_muon_is_the_same_sharded() -> None:
     for result in run_distributed(muon, 2, "dp2,zero3"):
         assert alone["state"].keys() == result["state"].keys()
         for name, expected in alone["state"].items():
-            # Newton-Schulz runs in bfloat16.
-            assert torch.allclose(result["state"][name], expected, atol=2e-3), name
+            assert torch.allclose(result["state"][name], expected, rtol=1e-4, atol=1e-5), name
         moved = [n for n in alone["state"] if n.endswith("momentum_buffer")]
         assert len(moved) == 20  # 2 blocks x (8 attention + 2 MLP) matrices
 

@@ -19,10 +19,10 @@ CONFIG = {
     "run": {"seed": 3},
     "prepare": {"clip_seconds": 1.0, "min_frames": 5, "height_max": 64, "samples_per_shard": 8},
     "vae": {},
-    "train_vae": {"steps": 4},
+    "train_vae": {"steps": 8, "batch": 1, "lr": 5e-4},
     "data": {"global_batch": 4, "capacity": 128},
     "model": {"width": 48, "depth": 2, "heads": 4, "ffn": 96, "text_width": 32},
-    "optim": {"lr": 1e-3, "warmup": 4, "ema": 0.9},
+    "optim": {"lr": 4e-3, "warmup": 4, "ema": 0.9},
     "stages": [
         {"name": "image", "steps": 15, "buckets": {"resolutions": [64], "frames": [1]}},
         {"name": "video", "steps": 25, "shift": 2.0, "buckets": {"resolutions": [64], "frames": [1, 5, 9]}},

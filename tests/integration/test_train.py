@@ -23,7 +23,7 @@ def test_the_loss_falls_and_the_run_directory_is_complete(straight: Path) -> Non
     assert {m["stage"] for m in steps[:15]} == {"image"}
     assert {m["stage"] for m in steps[15:]} == {"video"}
     first, last = (sum(m["loss"] for m in part) / 5 for part in (steps[:5], steps[-5:]))
-    assert last < 0.9 * first
+    assert last < 0.85 * first
     assert set(steps[0]) == set(StepMetrics.__dataclass_fields__)
     for line in steps:
         assert sum(line["bucket"].values()) == line["samples"] == 4
@@ -221,7 +221,7 @@ def test_muon_trains(road: Road) -> None:
 
 def test_bench_measures_and_compares(road: Road) -> None:
     old = road.directory / "bench.json"
-    arguments = ("--bench.warmup=1", "--bench.steps=3", f"--bench.output={old}")
+    arguments = ("--bench.warmup=3", "--bench.steps=8", f"--bench.output={old}")
     done = road.run("bench", "--data=synthetic", "--json", *arguments)
     result = json.loads(done.stdout)
     shared = set(StepMetrics.__dataclass_fields__) & set(result)
@@ -238,7 +238,7 @@ def test_bench_measures_and_compares(road: Road) -> None:
     faster = json.loads(old.read_text()) | {"step_time_s": result["step_time_s"] / 3}
     old.write_text(json.dumps(faster))
     done = road.run(
-        "bench", "--data=synthetic", "--bench.warmup=1", "--bench.steps=3", f"--bench.against={old}", code=1
+        "bench", "--data=synthetic", "--bench.warmup=3", "--bench.steps=8", f"--bench.against={old}", code=1
     )
     assert "slower" in done.stderr.splitlines()[-1]
     done = road.run("bench", "--json", *arguments, nproc=2)

@@ -1,9 +1,12 @@
 """The default family: published parameter counts and FLOPs, packing, conditioning, initial state."""
 
+import math
+
 import pytest
 import torch
 
 from megasora.models.flops import forward_macs, training_flops
+from megasora.models.layers import sincos_embedding
 from megasora.models.packing import PackedRow, pack, patch_grid, patchify, unpatchify
 from megasora.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
 
@@ -131,6 +134,22 @@ def test_patches_there_and_back() -> None:
     assert torch.equal(
         tokens[17], latent[:, t : t + 1, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 3, 0).flatten()
     )
+
+
+def test_sincos_positions_tell_every_patch_apart() -> None:
+    grid = patch_grid((3, 8, 10), (1, 2, 2), torch.device("cpu"))
+    embedding = sincos_embedding(grid, 50)
+    assert embedding.shape == (60, 50)
+    assert torch.pdist(embedding).min() > 0.1
+    _, h, w = grid[17].tolist()
+    assert embedding[17, 8].item() == pytest.approx(
+        math.sin(h), abs=1e-6
+    )  # 8 frequencies an axis, the first of the rows
+    assert embedding[17, 24 + 16].item() == pytest.approx(math.cos(w), abs=1e-6)
+    shifted = make_row([(1, 4, 4)], [5])
+    shifted.grid[...] += 2
+    model = small_model()
+    assert torch.allclose(model(shifted), model(make_row([(1, 4, 4)], [5])), atol=1e-5)  # RoPE alone is relative
 
 
 def test_bad_shapes_are_refused() -> None:
