@@ -9,7 +9,7 @@ source launch/env.sh
 PYTHON=${PYTHON:-.venv/bin/python}
 CONFIG=configs/demo.yaml
 DATA=data/demo RUN=runs/demo
-KILL_AFTER=${KILL_AFTER:-210} # steps
+KILL_AFTER=${KILL_AFTER:-190} # steps
 begin=$SECONDS
 
 say() { printf '\n== %3d s  %s\n' $((SECONDS - begin)) "$*"; }
