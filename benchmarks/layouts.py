@@ -1,6 +1,6 @@
 """The training step at several layouts, on synthetic latents: a table, and a report with everything needed to repeat it.
 
-    python benchmarks/layouts.py --config configs/demo.yaml --nproc 2 dp2 dp2,zero2 dp2,zero3
+python benchmarks/layouts.py --config configs/demo.yaml --nproc 2 dp2 dp2,zero2 dp2,zero3
 """
 
 import argparse
@@ -39,7 +39,9 @@ def main() -> None:
     print(f"{'layout':<16} {'step s':>8} {'ratio':>6} {'of GEMM':>8} {'memory GiB':>11}")
     for layout, r in best.items():
         memory = r["peak_memory_bytes"] / 2**30
-        print(f"{layout:<16} {r['step_time_s']:8.3f} {r['step_time_s'] / first:6.2f} {r['mfu_gemm']:8.2f} {memory:11.2f}")
+        print(
+            f"{layout:<16} {r['step_time_s']:8.3f} {r['step_time_s'] / first:6.2f} {r['mfu_gemm']:8.2f} {memory:11.2f}"
+        )
     REPORTS.mkdir(exist_ok=True)
     report = REPORTS / f"{date.today()}-layouts.json"
     report.write_text(json.dumps({"command": sys.argv[1:], "results": results}, indent=1))

@@ -14,6 +14,7 @@ from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import Engine, TorchNative
 from megasora.errors import ConfigError
 from megasora.microbatch import Recipe, tokens_of
+from megasora.models.attention import find_attention
 from megasora.models.flops import training_flops
 from megasora.models.video_dit import VideoDiT
 from megasora.observe.logs import start_logging
@@ -23,6 +24,9 @@ from megasora.seeding import fold
 
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
+    find_attention(config.model.attention)
+    if config.run.determinism == "bitwise" and config.model.attention == "flash":
+        raise ConfigError("run.determinism=bitwise: model.attention=flash adds up in no fixed order; use sdpa")
     if config.model.channels != latents.channels:
         raise ConfigError(f"model.channels={config.model.channels}: the latents have {latents.channels}")
     text_width = latents.null_text.shape[1]

@@ -1,11 +1,13 @@
 """Attention over packed rows: each sample's queries see that sample's keys only. Context parallelism replaces this one seam."""
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megasora.errors import ConfigError
 from megasora.models.packing import Segments
 
 Attention = Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
@@ -36,3 +38,12 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Se
 
 
 ATTENTION: dict[str, Attention] = {"sdpa": sdpa_attention, "flash": flash_attention}
+
+
+def find_attention(name: str) -> Attention:
+    """The function of that name. Raises ConfigError when what it needs is not installed."""
+    if name == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "model.attention=flash: flash-attn is not installed: pip install 'megasora[gpu]', or use sdpa"
+        )
+    return ATTENTION[name]

@@ -11,7 +11,7 @@ import torch
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
-from megasora.models.attention import ATTENTION, Attention
+from megasora.models.attention import Attention, find_attention
 from megasora.models.layers import MLP, LayerNorm, RMSNorm, rotary_angles, rotate, sincos_embedding, timestep_embedding
 from megasora.models.packing import PackedRow, Patch, Segments
 
@@ -27,7 +27,9 @@ class VideoDiTConfig:
     channels: int = 16
     patch: Patch = (1, 2, 2)
     text_width: int = 128
-    position: Literal["rope", "rope+sincos"] = "rope"  # sincos tells small models where a patch is, not only how far apart
+    position: Literal["rope", "rope+sincos"] = (
+        "rope"  # sincos tells small models where a patch is, not only how far apart
+    )
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -121,7 +123,7 @@ class VideoDiT(nn.Module):
         super().__init__()
         D = config.width
         self.config = config
-        self.attention = ATTENTION[attention]
+        self.attention = find_attention(attention)
         self.patch_embed = nn.Linear(config.patch_values, D)
         self.text_embed = MLP(config.text_width, D, D, nn.GELU(approximate="tanh"))
         self.time_embed = MLP(256, D, D, nn.SiLU())

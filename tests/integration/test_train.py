@@ -121,7 +121,7 @@ def test_a_changed_config_is_refused_unless_allowed(road: Road, straight: Path) 
     done = road.run("train", *more, code=2)
     assert len(done.stderr.splitlines()) == 1
     assert "optim.lr=0.002" in done.stderr
-    assert "0.001" in done.stderr
+    assert "0.004" in done.stderr
     assert (run / "config.yaml").read_text() == before
     road.run("train", *more, "--run.allow_change=[optim.lr]")
     assert history(run)[-1]["step"] == 41
@@ -177,6 +177,7 @@ def test_unreadable_latents_are_replaced_logged_and_counted(road: Road) -> None:
     [
         ("--model.channels=8", 2, "model.channels=8: the latents have 16"),
         ("--data.capacity=100", 2, "nearest is 128"),
+        ("--model.attention=flash", 2, "megasora[gpu]"),
         ("--parallel.layout=dp2", 2, "valid here: dp1"),
         ("--data.path=nowhere", 3, "nowhere"),
         ("--run.resume=nowhere", 4, "nowhere"),

@@ -19,6 +19,9 @@ SMALL = VAEConfig(width=8)
 def build(config: VAEConfig = SMALL, seed: int = 0) -> VideoVAE:
     torch.manual_seed(seed)
     vae = VideoVAE(config)
+    with torch.no_grad():  # the outputs begin at zero: noise, so that the network shows
+        for parameter in (*vae.encoder.outputs.parameters(), *vae.decoder.outputs.parameters()):
+            parameter += 0.1 * torch.randn_like(parameter)
     vae.latent_mean.uniform_(-1, 1)  # not the identity, so that normalisation shows
     vae.latent_std.uniform_(0.5, 2)
     return vae
@@ -229,10 +232,11 @@ def test_linear_transform_is_the_principal_components() -> None:
     assert error.square().sum().item() == pytest.approx((values[16:] ** 2).sum(), rel=0.03)
     channels = mean.transpose(0, 1).flatten(1)
     torch.testing.assert_close(channels.mean(1), torch.zeros(16), rtol=0, atol=1e-3)
-    torch.testing.assert_close(channels.std(1, correction=0), torch.ones(16), rtol=0, atol=0.02)
+    half_whitened = torch.from_numpy((values[:16] / len(data) ** 0.5) ** 0.5).float()
+    torch.testing.assert_close(channels.std(1, correction=0), half_whitened, rtol=0.03, atol=0)
 
 
-TRAIN = TrainVAEConfig(steps=60, lr=1e-3, batch=2, frames=9, size=32, image_every=4, warmup=5, ema=0.9)
+TRAIN = TrainVAEConfig(steps=80, lr=4e-3, batch=2, frames=9, size=32, image_every=4, warmup=5, ema=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +276,8 @@ def test_latents_after_training_are_normalised(
         means = [vae.encode(clips(TRAIN.steps + i, TRAIN.batch, TRAIN.frames))[0] for i in range(16)]
     channels = torch.cat([mean.transpose(0, 1).flatten(1) for mean in means], dim=1)
     torch.testing.assert_close(channels.mean(1), torch.zeros(16), rtol=0, atol=1e-4)
-    torch.testing.assert_close(channels.std(1), torch.ones(16), rtol=0, atol=1e-4)
+    assert channels.square().mean().item() == pytest.approx(1, abs=1e-4)  # one scale for all channels
+    assert (vae.latent_std == vae.latent_std[0]).all()
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
