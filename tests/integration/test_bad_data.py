@@ -30,7 +30,8 @@ def test_prepare_counts_what_it_drops(road: Road, tmp_path: Path, capsys: pytest
     report = json.loads(capsys.readouterr().out)
     assert report["kept"] == 1
     assert sum(report["dropped"].values()) == 2
-    assert report == json.loads((shards / "report.json").read_text())
+    saved = json.loads((shards / "report.json").read_text())
+    assert {key: report[key] for key in saved} == saved
     assert report["dropped"]["no caption"] == 1
     named = [name for examples in report["examples"].values() for name in examples]
     assert any("mute" in name for name in named)
