@@ -2,6 +2,7 @@
 them to the encoders. The encoders themselves are passed in."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,9 +87,12 @@ def encode_shards(
                 progress(done, total, key)
         else:
             done += len(source.rows_of(number))
-        counts = json.loads(report.read_text())
-        kept.update(counts["kept"])
-        dropped.update(counts["dropped"])
+    for shard in source.tars:  # those of other workers too, as far as they have come
+        report = (output / shard.name).with_suffix(".json")
+        if report.exists():
+            counts = json.loads(report.read_text())
+            kept.update(counts["kept"])
+            dropped.update(counts["dropped"])
     if mine and not kept:
         raise DataError(f"{source.directory}: no sample could be encoded ({dict(dropped)})")
     return {"kept": dict(sorted(kept.items())), "dropped": dict(sorted(dropped.items()))}
@@ -135,7 +139,7 @@ def _encode_shard(
             except Undecodable as error:
                 dropped[str(error)] += 1
             yield row.key
-        report.write_text(json.dumps({"kept": dict(kept), "dropped": dict(dropped)}))
+        write_whole(report, json.dumps({"kept": dict(kept), "dropped": dict(dropped)}))
 
 
 def wanted_buckets(configs: list[BucketConfig], frames: int, height: int, width: int) -> list[Bucket]:
@@ -156,8 +160,13 @@ def claim_manifest(output: Path, manifest: dict[str, Any]) -> None:
     if path.exists():
         check_manifest(output, manifest)
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    write_whole(path, json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears complete, whoever else writes it at the same time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

@@ -14,6 +14,7 @@ from megasora.errors import ConfigError, MegasoraError
 
 VERBS: dict[str, str] = {
     "prepare": "raw videos, images and captions -> webdataset shards with an index",
+    "index": "index webdataset tars in place",
     "train-vae": "train the video VAE on the shards",
     "encode": "shards -> latent shards, through the VAE and the text encoder",
     "train": "train the generator on the latent shards",

@@ -1,5 +1,6 @@
 """The frozen encoders that a set of latents was made with: opened by path, held to the fingerprints in its manifest."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def make_manifest(vae: VideoVAE, text: TextEncoder, dtype: str) -> dict[str, Any
 
 
 def save_null_text(latents: Path, null_text: Tensor) -> None:
-    save_file({"null_text": null_text}, latents / NULL_TEXT)
+    hidden = latents / f".{NULL_TEXT}.{os.getpid()}"
+    save_file({"null_text": null_text}, hidden)
+    hidden.replace(latents / NULL_TEXT)
 
 
 def open_facts(latents: Path) -> LatentFacts:

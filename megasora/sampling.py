@@ -73,7 +73,7 @@ def generate(
 @torch.no_grad()
 def decode_latent(vae: VideoVAE, latent: Tensor) -> np.ndarray:
     """[C, T, H, W] -> uint8 [T', H', W', 3]."""
-    return to_pixels(vae.decode(latent[None].cpu())[0]).numpy()
+    return to_pixels(vae.decode_long(latent[None].cpu())[0]).numpy()
 
 
 def write_samples(videos: list[np.ndarray], prompts: list[str], directory: Path, fps: float) -> list[Path]:

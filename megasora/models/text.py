@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -106,13 +108,16 @@ class SmallTextEncoder(nn.Module):
         return F.layer_norm(x, (self.width,))
 
     def save(self, directory: Path) -> None:
-        """Writes config.json, tokenizer.model and model.safetensors."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.model").write_bytes(self.tokenizer)
-        save_file(self.state_dict(), directory / "model.safetensors")
-        (directory / "config.json").write_text(
-            json.dumps({"model_type": "megasora-small-text", **self.shape}, indent=1)
-        )
+        """Writes config.json, tokenizer.model and model.safetensors. The directory appears complete; one that is there stays."""
+        hidden = directory.with_name(f".{directory.name}.{os.getpid()}")
+        hidden.mkdir(parents=True, exist_ok=True)
+        (hidden / "tokenizer.model").write_bytes(self.tokenizer)
+        save_file(self.state_dict(), hidden / "model.safetensors")
+        (hidden / "config.json").write_text(json.dumps({"model_type": "megasora-small-text", **self.shape}, indent=1))
+        try:
+            hidden.rename(directory)
+        except OSError:  # another process was faster
+            shutil.rmtree(hidden)
 
     @classmethod
     def load(cls, directory: Path) -> "SmallTextEncoder":

@@ -194,6 +194,13 @@ class Decoder(nn.Module):
         return y + self.unfold_all(self.linear(z), cache)
 
 
+def chunks_of(x: Tensor, first: int, following: int) -> Iterator[Tensor]:
+    """Slices along T: `first` frames, then `following` at a time."""
+    yield x[:, :, :first]
+    for begin in range(first, x.shape[2], following):
+        yield x[:, :, begin : begin + following]
+
+
 class VideoVAE(nn.Module):
     """Videos [B, 3, 1 + t·k, H, W] in [-1, 1] to latents [B, C, 1 + k, H/s, W/s] and back.
 
@@ -241,6 +248,15 @@ class VideoVAE(nn.Module):
         """Normalised latents -> video; with a `cache`, the next chunk of a stream."""
         m, s = (v.view(-1, 1, 1, 1) for v in (self.latent_mean, self.latent_std))
         return self.reconstruct(latent * s + m, cache)
+
+    def encode_long(self, video: Tensor, frames: int = 16) -> tuple[Tensor, Tensor]:
+        """`encode` in chunks of so many frames (a multiple of t), for clips of any length."""
+        moments = [*self.encode_stream(chunks_of(video, 1 + frames, frames))]
+        return torch.cat([mean for mean, _ in moments], dim=2), torch.cat([logvar for _, logvar in moments], dim=2)
+
+    def decode_long(self, latent: Tensor, frames: int = 4) -> Tensor:
+        """`decode` in chunks of so many latent frames."""
+        return torch.cat([*self.decode_stream(chunks_of(latent, 1 + frames, frames))], dim=2)
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The latents of a video that arrives in chunks along T, in constant memory, equal to the whole."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_pipelines.buckets import merge
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.latent_shards import Encoders, encode_shards
+from data_pipelines.latent_shards import Encoders, encode_shards, write_whole
 from data_pipelines.shards import ShardSet
 from megasora.cli import add_config_argument
 from megasora.config import Config, load_config
@@ -50,7 +50,7 @@ def encode(config: Config) -> dict[str, dict[str, int]]:
 
     @torch.no_grad()
     def encode_video(frames: np.ndarray) -> tuple[Tensor, Tensor]:
-        mean, logvar = vae.encode(from_pixels(torch.from_numpy(frames))[None])
+        mean, logvar = vae.encode_long(from_pixels(torch.from_numpy(frames))[None])
         return mean[0], logvar[0]
 
     def encode_text(caption: str) -> Tensor:
@@ -67,7 +67,7 @@ def encode(config: Config) -> dict[str, dict[str, int]]:
     with Progress("encode") as progress:
         report = encode_shards(source, output, buckets, encoders, progress, worker=rank(), workers=world_size())
     save_null_text(output, encode_text(""))
-    (output / "report.json").write_text(json.dumps(report, indent=1))
+    write_whole(output / "report.json", json.dumps(report, indent=1))
     return report
 
 

@@ -93,3 +93,24 @@ def test_an_interrupted_encode_gives_the_same_bytes(road: Road, tmp_path: Path) 
     (latents / f".{last.name}.tmp").write_bytes(b"torn")
     assert main(["encode", "--config", str(road.config), f"--encode.output={latents}"]) == 0
     assert {file.name: file.read_bytes() for file in latents.glob("shard-*")} == whole
+
+
+def test_index_in_place(road: Road, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(road.directory / "shards", shards)
+    before = ShardSet.open(shards).fingerprint
+    for file in shards.glob("*.arrow"):
+        file.unlink()
+    assert main(["encode", "--config", str(road.config), f"--encode.input={shards}"]) == 3
+    assert "megasora index" in capsys.readouterr().err
+    assert main(["index", str(shards), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == len(ShardSet.open(shards))
+    assert ShardSet.open(shards).fingerprint == before
+
+
+def test_two_processes_encode_the_same_bytes(road: Road, tmp_path: Path) -> None:
+    latents = tmp_path / "latents"
+    road.run("encode", f"--encode.output={latents}", nproc=2)
+    alone = {f.name: f.read_bytes() for f in (road.directory / "latents").iterdir() if f.is_file()}
+    assert {f.name: f.read_bytes() for f in latents.iterdir() if f.is_file()} == alone
+    assert len(list(latents.glob("*.tar"))) > 1

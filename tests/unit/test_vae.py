@@ -299,3 +299,13 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
 
     with pytest.raises(FloatingPointError, match="step 3"):
         train_vae(build(), broken, dataclasses.replace(TRAIN, steps=5), ignore)
+
+
+def test_long_clips_go_in_chunks() -> None:
+    vae, video = build(), noise(1, 3, 41, 16, 16)
+    with torch.no_grad():
+        mean, logvar = vae.encode(video)
+        for frames in (4, 16, 64):
+            chunked = vae.encode_long(video, frames)
+            torch.testing.assert_close(chunked, (mean, logvar), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vae.decode_long(mean, 3), vae.decode(mean), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,32 @@
+"""Writes the index of webdataset tars in place: a .arrow beside each, so that any sample is one read away.
+
+Samples that cannot be used (no caption, damaged, hostile names) are left out and counted.
+
+example:
+  megasora index data/my-webdataset
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from data_pipelines.index import index_directory
+from megasora.errors import ConfigError
+from megasora.observe.logs import log, start_logging
+from megasora.observe.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="with tars of one data set")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.overrides:
+        raise ConfigError(f"{args.overrides[0]}: `index` takes no keys, only a directory")
+    start_logging(None, rank=0)
+    with Progress("index") as progress:
+        report = index_directory(args.directory, progress)
+    if args.json:
+        print(json.dumps(report))
+    log.info("%s -> %s", {key: value for key, value in report.items() if key != "examples"}, args.directory)
