@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,8 +86,9 @@ class TorchNative:
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[nn.Module, Row], Tensor]) -> Tensor:
         total = torch.zeros((), device=self.processes.device)
         for i, row in enumerate(rows):
-            with self._reducing(i == len(rows) - 1), self._autocast():
-                value = loss(self.wrapped, row)
+            with self._reducing(i == len(rows) - 1):
+                with self._autocast():
+                    value = loss(self.wrapped, row)
                 # Both wrappers average over the data-parallel ranks; the loss is a sum over them.
                 (value * self.processes.layout.dp).backward()
             total += value.detach()
@@ -151,6 +152,9 @@ class TorchNative:
             yield
         finally:
             torch._foreach_copy_(live, kept)
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):  # zero2 keeps gathered what a forward pass has gathered
+                    module.reshard()
 
     @contextmanager
     def _reducing(self, last: bool) -> Iterator[None]:
