@@ -1,0 +1,100 @@
+"""A sample is trained alike wherever it lies; the loss is the mean over the batch of the samples' means."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.buckets import Bucket
+from data_pipelines.latent_shards import Latent
+from data_pipelines.loader import Sample
+from megasora.diffusion.flow import FlowConfig
+from megasora.microbatch import Recipe, build_microbatch, squared_error, tokens_of
+from megasora.models.packing import PackedRow, unpatchify
+
+RECIPE = Recipe(
+    seed=1, segment=2, flow=FlowConfig(), shift=3.0, drop_captions=0.0, null_text=torch.full((1, 8), -1.0), patch=(1, 2, 2),
+    capacity=64, global_batch=3, device=torch.device("cpu"),
+)  # fmt: skip
+
+
+def sample(position: int, frames: int = 1, size: int = 4) -> Sample:
+    generator = torch.Generator().manual_seed(position)
+    mean = torch.randn(4, frames, size, size, generator=generator)
+    text = torch.randn(2 + position % 3, 8, generator=generator)
+    return Sample(
+        position, f"s{position}", Bucket(frames, size, size), Latent(mean, torch.full_like(mean, -30.0), text)
+    )
+
+
+SAMPLES = [sample(10), sample(11, frames=3), sample(12, size=6)]
+
+
+class Constant(nn.Module):
+    """Predicts zero, so that the loss is known."""
+
+    def forward(self, row: PackedRow) -> Tensor:
+        return torch.zeros_like(row.tokens)
+
+
+def test_a_sample_is_the_same_wherever_it_lies() -> None:
+    together = build_microbatch(SAMPLES, RECIPE)
+    for i, one in enumerate(SAMPLES):
+        alone = build_microbatch([one], RECIPE)
+        a, b = together.row.video.offsets[i : i + 2]
+        assert torch.equal(together.row.tokens[a:b], alone.row.tokens[: b - a])
+        assert torch.equal(together.target[a:b], alone.target[: b - a])
+        assert torch.equal(together.row.timestep[i], alone.row.timestep[0])
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"segment": 7}])
+def test_noise_and_timestep_follow_seed_segment_and_position(change: dict[str, int]) -> None:
+    here, there = (build_microbatch(SAMPLES[:1], r) for r in (RECIPE, replace(RECIPE, **change)))
+    moved = build_microbatch([replace(SAMPLES[0], position=99)], RECIPE)
+    for other in (there, moved):
+        assert not torch.equal(here.row.tokens, other.row.tokens)
+        assert here.row.timestep[0] != other.row.timestep[0]
+
+
+def test_noise_and_target_satisfy_the_flow() -> None:
+    batch = build_microbatch(SAMPLES, RECIPE)
+    for i, one in enumerate(SAMPLES):
+        a, b = batch.row.video.offsets[i : i + 2]
+        t = batch.row.timestep[i]
+        # x_t - t · v = data, whatever the noise was.
+        data = unpatchify(batch.row.tokens[a:b] - t * batch.target[a:b], one.latent.mean.shape[1:], RECIPE.patch)
+        torch.testing.assert_close(data, one.latent.mean, rtol=1e-4, atol=1e-4)
+        noise = batch.row.tokens[a:b] + (1 - t) * batch.target[a:b]
+        assert 0.7 < noise.std() < 1.3
+
+
+def test_the_loss_is_the_mean_of_the_samples_means() -> None:
+    batch = build_microbatch(SAMPLES, RECIPE)
+    offsets = batch.row.video.offsets
+    means = [batch.target[a:b].square().mean() for a, b in pairwise(offsets[:4])]
+    assert squared_error(Constant(), batch).item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+    split = [squared_error(Constant(), build_microbatch(part, RECIPE)) for part in (SAMPLES[:1], SAMPLES[1:])]
+    assert sum(split).item() == pytest.approx(squared_error(Constant(), batch).item(), rel=1e-5)
+    assert batch.weight[offsets[3] :].abs().max() == 0
+
+
+def test_captions_are_dropped_as_often_as_asked() -> None:
+    recipe = replace(RECIPE, drop_captions=0.25, global_batch=1, capacity=4)
+    dropped = sum(torch.equal(build_microbatch([sample(i)], recipe).row.text, RECIPE.null_text) for i in range(1000))
+    assert 200 < dropped < 300  # 250 ± 3.6 sigma
+    assert torch.equal(build_microbatch(SAMPLES[:1], RECIPE).row.text, SAMPLES[0].latent.text)
+
+
+def test_the_posterior_is_sampled() -> None:
+    wide = Latent(torch.zeros(4, 1, 32, 32), torch.full((4, 1, 32, 32), 2.0), SAMPLES[0].latent.text)
+    batch = build_microbatch([replace(SAMPLES[0], latent=wide)], replace(RECIPE, capacity=256))
+    data = batch.row.tokens - batch.row.timestep[0] * batch.target
+    assert data.var().item() == pytest.approx(torch.e**2, rel=0.1)
+
+
+def test_tokens_of_a_bucket() -> None:
+    assert tokens_of(Bucket(1, 256, 256), (4, 8, 8), (1, 2, 2)) == 256
+    assert tokens_of(Bucket(17, 480, 832), (4, 8, 8), (1, 2, 2)) == 5 * 30 * 52
+    assert tokens_of(Bucket(81, 480, 832), (4, 8, 8), (1, 2, 2)) == 32_760  # as Wan counts 81 frames at 480p
