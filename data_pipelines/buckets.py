@@ -20,7 +20,7 @@ class BucketConfig:
             raise ValueError("resolutions, frames and aspects: at least one each")
         for name in ("resolutions", "frames"):
             if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name}: positive numbers only")
+                raise ValueError(f"{name}={list(getattr(self, name))}: positive numbers only")
         for aspect in self.aspects:
             width, _, height = aspect.partition(":")
             if not (width.isdigit() and height.isdigit() and int(width) and int(height)):

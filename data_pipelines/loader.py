@@ -37,7 +37,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("global_batch", "capacity", "prefetch", "readers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: at least 1")
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
 
 
 class LatentSource(Protocol):

@@ -139,21 +139,34 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or "cpu"
 
 
-def compare(result: dict[str, Any], old_file: str) -> None:
-    """Raises CheckFailed when the step, in units of the same run's GEMM, got slower by more than both runs' quartile spread."""
+def read_result(file: str) -> dict[str, Any]:
+    """An earlier result to compare with. Raises ConfigError when it is none."""
     try:
-        old = json.loads(Path(old_file).read_text())
-        before, after = (r["step_time_s"] * r["gemm_flops"] for r in (old, result))
-        noise = sum(
-            (r["spread"]["quartiles"][2] - r["spread"]["quartiles"][0]) / r["step_time_s"] for r in (old, result)
-        )
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"bench.against={old_file}: no result to compare with ({error!r})") from None
+        old = json.loads(Path(file).read_text())
+        assert isinstance(old, dict)
+        relative_spread(old), old["step_time_s"] * old["gemm_flops"]
+    except OSError as error:
+        raise ConfigError(f"bench.against={file}: {error.strerror}") from None
+    except (ValueError, KeyError, IndexError, TypeError, AssertionError):
+        raise ConfigError(f"bench.against={file}: not a result of `megasora bench` with two steps or more") from None
+    return old
+
+
+def relative_spread(result: dict[str, Any]) -> float:
+    """Distance of the quartiles of the step time, over its median."""
+    first, _, third = result["spread"]["quartiles"]
+    return (third - first) / result["step_time_s"]
+
+
+def compare(result: dict[str, Any], old: dict[str, Any], name: str) -> None:
+    """Raises CheckFailed when the step, in units of the same run's GEMM, got slower by more than both runs' spread."""
+    before, after = (r["step_time_s"] * r["gemm_flops"] for r in (old, result))
+    noise = sum(relative_spread(r) for r in (old, result) if r["spread"]["quartiles"])
     slower = after / before - 1
-    log.info("against %s: %+.1f %% (noise %.1f %%)", old_file, 100 * slower, 100 * noise)
+    log.info("against %s: %+.1f %% (noise %.1f %%)", name, 100 * slower, 100 * noise)
     if slower > max(noise, 0.03):
         raise CheckFailed(
-            f"step_time_s: {100 * slower:.1f} % slower than {old_file}, beyond the noise of {100 * noise:.1f} %"
+            f"step_time_s: {100 * slower:.1f} % slower than {name}, beyond the noise of {100 * noise:.1f} %"
         )
 
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from data_pipelines.buckets import Bucket, buckets_of
 from data_pipelines.loader import LatentLoader, LatentSource
-from megasora.checkpoint.directory import list_checkpoints
 from megasora.config import Config, Stage
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import Engine, TorchNative
@@ -38,6 +37,17 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
         raise ConfigError(
             f"data.global_batch={batch}: {ranks} data-parallel ranks share it evenly; nearest is {nearest}"
         )
+    t, h, w = latents.compression
+    for bucket in (bucket for stage in config.stages for bucket in buckets_of(stage.buckets)):
+        sizes = (1 + (bucket.frames - 1) // t, bucket.height // h, bucket.width // w)
+        if (bucket.frames - 1) % t or bucket.height % h or bucket.width % w:
+            raise ConfigError(
+                f"stages: bucket {bucket} does not divide by the VAE's {t}x{h}x{w} (frames: 1 + a multiple of {t})"
+            )
+        if any(size % step for size, step in zip(sizes, config.model.patch, strict=True)):
+            raise ConfigError(
+                f"model.patch={list(config.model.patch)}: does not divide the {sizes} latent of bucket {bucket}"
+            )
     unit = 128  # lcm(2 · tp · cp, 128) of the layouts there are
     largest = max(
         tokens_of(bucket, latents.compression, config.model.patch)
@@ -53,13 +63,14 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
 
 
 def open_run_directory(config: Config, group: Processes) -> Path:
-    """Creates run.dir and starts the logs. Raises ConfigError when run.resume=none meets the checkpoints of a run."""
+    """Creates run.dir and starts the logs. Raises ConfigError when it cannot be."""
     run = Path(config.run.dir)
-    if config.run.resume == "none" and list_checkpoints(run / "checkpoints"):
-        raise ConfigError(f"run.resume=none: {run} has checkpoints; give another run.dir, or run.resume=auto to go on")
     dist.barrier()  # nobody creates before everybody has looked
-    run.mkdir(parents=True, exist_ok=True)
-    start_logging(run, group.rank)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        start_logging(run, group.rank)
+    except OSError as error:
+        raise ConfigError(f"run.dir={run}: {error.strerror}") from None
     return run
 
 

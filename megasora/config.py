@@ -5,6 +5,7 @@ pydantic validates plain dataclasses without the owners knowing of it, and reads
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -46,6 +47,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least 1")
+        for name in ("dir", "resume"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name}=: is empty; leave it out for the default")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,12 @@ class Stage:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least 1")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: a positive number is expected")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift={self.shift}: a positive number is expected")
+        if not 0 <= self.drop_captions <= 1:
+            raise ValueError(f"drop_captions={self.drop_captions}: from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,14 @@ class SampleConfig:
     weights: Literal["ema", "model"] = "ema"
     output: str = ""  # default: run.dir/samples
 
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("steps", 1), ("every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+        for name in ("fps", "shift"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a positive number is expected")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
@@ -124,6 +142,11 @@ class BenchConfig:
     against: str = ""
     output: str = ""
 
+    def __post_init__(self) -> None:
+        for name, least in (("warmup", 0), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig:
@@ -131,6 +154,10 @@ class ObserveConfig:
 
     every: int = 10
     tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +198,7 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
     for override in overrides:
         key, separator, value = override.removeprefix("--").partition("=")
         if not override.startswith("--") or not separator:
-            raise ConfigError(f"{override}: overrides are written --section.key=value")
+            raise ConfigError(f"{override}: overrides are written --section.key=value, with the equals sign")
         _set(raw, key, _parse(value))
     check_keys(raw, Config, "")
     _expand_preset(raw)
@@ -179,6 +206,8 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
         return pydantic.TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as error:
         raise ConfigError(_first_line(error)) from None
+    except ArithmeticError as error:  # of a check between numbers that none of them should be
+        raise ConfigError(f"the numbers of the config do not fit together: {error}") from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -187,7 +216,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raw = yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:
         raise ConfigError(f"--config {file}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--config {file}: a mapping of sections is expected")
@@ -284,6 +315,8 @@ def _first_line(error: pydantic.ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # a cross-field check, whose message begins with the field's name
         return f"{where}.{message}" if where else message
+    if first["type"] == "tuple_type":
+        return f"{where}={_brief(first['input'])}: a list is expected, as in --{where}=[{_brief(first['input'])}]"
     return f"{where}={_brief(first['input'])}: {message[0].lower()}{message[1:]}"
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
+from megasora.checkpoint.directory import list_checkpoints
 from megasora.checkpoint.load import load, read_facts, resume_path
+from megasora.checkpoint.manifest import MANIFEST, Problem
 from megasora.config import Config, flatten, to_dict
 from megasora.engines.torch_native import Engine
-from megasora.errors import ConfigError
+from megasora.errors import CheckpointError, ConfigError
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, read_lines
 
@@ -27,28 +29,42 @@ class Start:
 
     step: int
     source: Path | None
+    rejected: dict[Path, list[Problem]]  # newer checkpoints that were passed over
     obey: dict[int, dict[int, str]]  # segment -> position -> key
 
 
-def start_run(config: Config, engine: Engine, fingerprint: str) -> Start:
-    """Loads what `run.resume` and `run.init_from` name into the engine. All ranks call it.
+def find_start(config: Config, fingerprint: str) -> Start:
+    """Looks for what `run.resume` names and compares it with this run; changes and creates nothing. All ranks call it.
 
-    Raises ConfigError for a changed key, DataError for changed data, CheckpointError for a damaged checkpoint.
+    Raises ConfigError for a changed key, DataError for changed data, CheckpointError for a damaged or missing checkpoint.
     """
-    root = Path(config.run.dir) / "checkpoints"
+    run = Path(config.run.dir)
+    root = run / "checkpoints"
+    if config.run.resume == "none" and list_checkpoints(root):
+        raise ConfigError(f"run.resume=none: {run} has checkpoints; give another run.dir, or run.resume=auto to go on")
+    for key, path in (("run.resume", config.run.resume), ("run.init_from", config.run.init_from)):
+        if path not in ("", "auto", "none") and not (Path(path) / MANIFEST).exists():
+            raise CheckpointError(
+                f"{key}={path}: no checkpoint here; name a step directory, RUN/checkpoints/step-XXXXXXXX"
+            )
     resume = resume_path(root, config.run.resume)
-    for path, problems in resume.rejected.items():
-        log.warning("passing over %s: %s: %s", path, problems[0].file, problems[0].reason)
-    obey = logged_replacements(Path(config.run.dir))
+    obey = logged_replacements(run)
     if resume.path is None:
-        if config.run.init_from:
-            load_weights(Path(config.run.init_from), engine)
-        return Start(0, None, obey)
+        return Start(0, None, resume.rejected, obey)
     facts = read_facts(resume.path)
     check_same_run(facts, config, fingerprint, resume.path)
-    engine.materialise_optimizer()
-    load(resume.path, engine.tensors())
-    return Start(int(facts["step"]), resume.path, obey)
+    return Start(int(facts["step"]), resume.path, resume.rejected, obey)
+
+
+def load_start(start: Start, config: Config, engine: Engine) -> None:
+    """Fills the engine with what `find_start` found, or with the weights of `run.init_from`. All ranks call it."""
+    for path, problems in start.rejected.items():
+        log.warning("passing over %s: %s: %s", path, problems[0].file, problems[0].reason)
+    if start.source is not None:
+        engine.materialise_optimizer()
+        load(start.source, engine.tensors())
+    elif config.run.init_from:
+        load_weights(Path(config.run.init_from), engine)
 
 
 def load_weights(path: Path, engine: Engine) -> None:

@@ -27,10 +27,12 @@ from megasora.errors import StoppedEarly
 from megasora.microbatch import Recipe, build_microbatch, squared_error
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
-from megasora.observe.metrics import Journal, StepMetrics, console_line
+from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.parallel.mesh import Processes, processes
-from megasora.resume import start_run
+from megasora.resume import find_start, load_start
 from megasora.sampling import decode_latent, generate, latent_shape, write_samples
+
+MAX_SKIPPED = 20  # steps in a row, before a run that learns nothing is ended
 
 
 def train(config: Config) -> None:
@@ -51,16 +53,17 @@ class Trainer:
         self.shards = ShardSet.open(Path(config.data.path))
         self.latents = open_facts(Path(config.data.path))
         check_fit(config, group, self.latents)
+        start = find_start(config, self.shards.fingerprint)
         self.run_dir = open_run_directory(config, group)
         self.engine = build_engine(config, group)
-        start = start_run(config, self.engine, self.shards.fingerprint)
+        load_start(start, config, self.engine)
         self.step, self.obey = start.step, start.obey
         self.last = stage_spans(config)[-1][3]
         self.journal = Journal(self.run_dir, config.observe.tensorboard) if group.is_main else None
         if group.is_main:  # only now: a config that may not resume here leaves the old one
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         self.peak_flops = device_peak(group.device, config.precision.precision)
-        self.bad_samples = 0
+        self.bad_samples = self.skipped = 0
         self.step_times: deque[float] = deque(maxlen=50)
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
                    fingerprint=self.shards.fingerprint, torch=torch.__version__)  # fmt: skip
@@ -72,6 +75,8 @@ class Trainer:
         for segment, stage, first, end in stage_spans(self.config):
             if self.step < end:
                 self.run_stage(segment, stage, first, end)
+        if self.step > self.last:
+            log.info("nothing to do: %d steps are done, run.steps=%d", self.step, self.last)
         log.info("done: %d steps; everything lies in %s", self.step, self.run_dir)
 
     def run_stage(self, segment: int, stage: Stage, first: int, end: int) -> None:
@@ -108,10 +113,16 @@ class Trainer:
         grad_norm = self.engine.clip().item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.engine.update(lr)
+            self.skipped = 0
         else:  # never reaches the weights
             self.engine.discard()
-            self.event("skipped", step=self.step + 1, loss=str(loss), grad_norm=str(grad_norm))
+            self.skipped += 1
+            self.event("skipped", step=self.step + 1, loss=str(loss), grad_norm=str(grad_norm), samples=batch.keys)
             log.warning("step %d skipped: loss %s, gradient norm %s", self.step + 1, loss, grad_norm)
+            if self.skipped == MAX_SKIPPED:
+                raise DataError(
+                    f"{self.config.data.path}: {MAX_SKIPPED} steps in a row without a finite loss; see {EVENTS}"
+                )
         synchronize(self.group.device)
         return loss, grad_norm
 

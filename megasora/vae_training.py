@@ -30,7 +30,7 @@ class TrainVAEConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: at least 1")
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
 
 
 Clips = Callable[[int, int, int], Tensor]  # (step, batch, frames) -> [B, 3, T, H, W] in [-1, 1]

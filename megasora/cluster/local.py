@@ -11,8 +11,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed import DistError
@@ -23,9 +23,9 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from megasora.cluster.agent import SETTLE, Agent, Crew
+from megasora.cluster.signals import collected_signals
 from megasora.errors import ConfigError
 
-FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 CONNECT = 300  # seconds for the first node to open the rendezvous
 
 # What a worker is before it becomes the worker. From here on it dies with the launcher, whatever kills that, so no
@@ -47,6 +47,7 @@ def launch_local(
     local_addr: str | None = None,
     max_restarts: int = 0,
     log_dir: Path | None = None,
+    pending: Iterable[int] = (),
 ) -> int:
     """Runs `command` on `nproc` processes here, and so on each of `nnodes` machines; returns the code to exit with.
 
@@ -56,7 +57,8 @@ def launch_local(
     The code is that of `agent.root_cause` over all nodes. A worker killed by signal N counts as 128+N and is named in
     one line on stderr, with its `log_dir`/rank-NNNNN.log if there is one. SIGUSR1, SIGTERM and SIGINT go to the workers
     (SIGUSR1 once a worker catches it); a second SIGTERM or SIGINT kills them, and the code is 128 + that signal.
-    Failures are restarted `max_restarts` times, all nodes together, but not the codes 2, 3, 4 and 75.
+    Signals that came before the call are given as `pending`. Failures are restarted `max_restarts` times, all nodes
+    together, but not the codes 2, 3, 4 and 75.
 
     One node finds a free port by itself. Several need the same `rdzv_endpoint` (HOST:PORT, served by the node that has
     the address) and `rdzv_id`, and each its own `local_addr` where host names do not resolve. Raises ConfigError for a
@@ -91,7 +93,8 @@ def launch_local(
         agent.board.leave()
         return code
 
-    with _collected_signals() as received:
+    with collected_signals() as received:
+        received[:0] = pending
         outcome: concurrent.futures.Future[int] = concurrent.futures.Future()
         threading.Thread(target=_fulfil, args=(outcome, run_agent), daemon=True).start()
         try:
@@ -160,18 +163,6 @@ def _fulfil(outcome: concurrent.futures.Future[int], run_agent: Callable[[], int
         outcome.set_result(run_agent())
     except BaseException as error:
         outcome.set_exception(error)
-
-
-@contextmanager
-def _collected_signals() -> Iterator[list[int]]:
-    """The signals that are to be forwarded, in order of arrival, instead of what they would do to this process."""
-    received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in FORWARDED}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(outcome: concurrent.futures.Future[int], crew: Crew, received: list[int]) -> int:

@@ -1,9 +1,26 @@
-"""Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C ends the run after the step at hand, with a checkpoint."""
+"""Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C ends the run after the step at hand, with a checkpoint.
+
+A training process asks itself after each step; a launcher collects what it is to pass on.
+"""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def collected_signals() -> Iterator[list[int]]:
+    """The signals that come, in order of arrival, instead of what they would do to this process."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -26,7 +43,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number).name
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield request
     finally:

@@ -26,6 +26,21 @@ class OptimConfig:
     final_lr: float = 0.1  # share of the peak that the cosine ends at
     ema: float = 0.999  # decay of the averaged weights; 0 keeps none
 
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: a positive number is expected")
+        for name in ("warmup", "clip", "weight_decay", "final_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 0")
+        for name, value in (
+            ("betas.0", self.betas[0]),
+            ("betas.1", self.betas[1]),
+            ("momentum", self.momentum),
+            ("ema", self.ema),
+        ):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value}: from 0 to below 1")
+
 
 def learning_rate(config: OptimConfig, peak: float, step: int, steps: int) -> float:
     """The rate of update `step` (from 0) of a stage of `steps` updates."""

@@ -33,6 +33,11 @@ class VideoDiTConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "ffn", "channels", "text_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        if min(self.patch) < 1:
+            raise ValueError(f"patch={list(self.patch)}: at least 1 each")
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} heads do not divide width {self.width}")
         if (self.width // self.heads) % 2:

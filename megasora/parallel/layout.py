@@ -57,7 +57,7 @@ def parse_layout(text: str, world: int) -> Layout:
     world, or the layout asks for what this version does not have.
     """
     fitting = f"dp{world},zero2" if world > 1 else "dp1"
-    if text == "auto":
+    if text in ("auto", ""):
         text = fitting
     found: dict[str, str] = {}
     for term in text.replace(" ", "").split(","):

@@ -11,7 +11,7 @@ examples:
 import argparse
 import json
 
-from megasora.bench import bench, compare, table
+from megasora.bench import bench, compare, read_result, table
 from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.observe.logs import start_logging
@@ -19,7 +19,7 @@ from megasora.parallel.mesh import rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "bench", "data", "model", "stages", "parallel", "precision")
+    add_config_argument(parser, "bench", "data", "model", "stages", "optim", "vae", "parallel", "precision")
     parser.add_argument("--data", choices=("shards", "synthetic"), default="shards", help="where latents come from")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank())
+    old = read_result(config.bench.against) if config.bench.against else None
     result = bench(config, synthetic=args.data == "synthetic")
     if rank() == 0:
         print(json.dumps(result) if args.json else table(result))
-    if config.bench.against:
-        compare(result, config.bench.against)
+    if old:
+        compare(result, old, config.bench.against)

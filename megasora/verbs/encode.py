@@ -29,7 +29,7 @@ from megasora.parallel.mesh import rank, world_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "encode", "stages")
+    add_config_argument(parser, "encode", "stages", "model")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 

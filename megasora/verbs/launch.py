@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megasora.cluster.signals import collected_signals
 from megasora.errors import ConfigError
 
 
@@ -40,20 +41,22 @@ def run(args: argparse.Namespace) -> None:
     ):
         if value < least:
             raise ConfigError(f"launch: {option}={value}: at least {least}")
-    check_command(args.command)
+    with collected_signals() as pending:  # what comes while torch is imported is passed on later
+        check_command(args.command)
 
-    from megasora.cluster.local import launch_local
+        from megasora.cluster.local import launch_local
 
-    code = launch_local(
-        [sys.executable, "-m", "megasora", *args.command],
-        nproc=args.nproc,
-        nnodes=args.nnodes,
-        rdzv_endpoint=args.rdzv_endpoint,
-        rdzv_id=args.rdzv_id,
-        local_addr=args.local_addr,
-        max_restarts=args.max_restarts,
-        log_dir=_log_dir(args.command),
-    )
+        code = launch_local(
+            [sys.executable, "-m", "megasora", *args.command],
+            nproc=args.nproc,
+            nnodes=args.nnodes,
+            rdzv_endpoint=args.rdzv_endpoint,
+            rdzv_id=args.rdzv_id,
+            local_addr=args.local_addr,
+            max_restarts=args.max_restarts,
+            log_dir=_log_dir(args.command),
+            pending=pending,
+        )
     raise SystemExit(code)
 
 

@@ -25,7 +25,7 @@ from megasora.sampling import decode_latent, generate, latent_shape, write_sampl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "sample")
+    add_config_argument(parser, "sample", "run", "data", "encode", "model")
     parser.add_argument("--json", action="store_true", help="print the files as one JSON object")
 
 

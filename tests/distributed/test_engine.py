@@ -1,5 +1,6 @@
 """Every layout against one process: each parameter's gradient, the norm, and the parameters after steps of SGD-like size."""
 
+import copy
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -162,3 +163,39 @@ def test_bf16_follows_fp32(reference: dict[str, Any]) -> None:
         assert result["losses"] == pytest.approx(reference["losses"], rel=2e-2)
         assert result["losses"] != reference["losses"]
         assert all(t.dtype == torch.float32 for t in result["state"].values())
+
+
+def by_hand() -> dict[str, Any]:
+    """Three updates by the engine and by plain torch: clipping, the rate, the average, and that it can be put back."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1, 1, 1, 1), mesh_dim_names=AXES)
+    group = Processes(0, 1, torch.device("cpu"), parse_layout("dp1", 1), mesh)
+    optim = OptimConfig(clip=0.05, ema=0.9)
+    engine = TorchNative(partial(NoisyDiT, CONFIG), 7, group, EngineConfig(), optim)
+    model = copy.deepcopy(engine.model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    average = [p.detach().clone() for p in model.parameters()]
+    norms = []
+    for i, lr in enumerate((1e-3, 3e-3, 1e-4)):
+        engine.forward_backward([row_of([i]), row_of([3])], loss)
+        (loss(model, row_of([i])) + loss(model, row_of([3]))).backward()
+        expected = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        norms.append((engine.clip().item(), expected.item()))
+        torch.testing.assert_close([p.grad for p in engine.model.parameters()], [p.grad for p in model.parameters()])
+        engine.update(lr)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        average = [0.9 * a + 0.1 * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
+    live = [p.detach().clone() for p in engine.model.parameters()]
+    with engine.averaged():
+        torch.testing.assert_close([p.detach() for p in engine.model.parameters()], average, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(live, engine.model.parameters(), strict=True))
+    torch.testing.assert_close(live, [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
+    return {"norms": norms}
+
+
+def test_an_update_is_plain_torchs() -> None:
+    (result,) = run_distributed(by_hand, 1)
+    for ours, theirs in result["norms"]:
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours > 0.05  # so that something is clipped

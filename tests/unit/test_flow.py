@@ -52,3 +52,15 @@ def test_guidance() -> None:
     assert guide(a, b, 1.0) == a
     assert guide(a, b, 0.0) == b
     assert guide(a, b, 2.0).item() == -1.0
+
+
+def test_euler_visits_the_shifted_times() -> None:
+    times: list[float] = []
+
+    def predict(x: list[torch.Tensor], t: float) -> list[torch.Tensor]:
+        times.append(t)
+        return [torch.ones_like(x[0])]
+
+    (x,) = euler(predict, [torch.zeros(1)], steps=4, shift=3.0)
+    assert times == pytest.approx([1, 0.9, 0.75, 0.5])  # 3t / (1 + 2t) of 1, 3/4, 1/2, 1/4
+    assert x.item() == pytest.approx(-1)

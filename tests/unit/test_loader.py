@@ -129,3 +129,26 @@ def test_nothing_that_fits_or_can_be_read(tmp_path: Path) -> None:
         os.truncate(tar, 0)
     with pytest.raises(DataError, match="no readable sample of bucket"):
         take(loader(ShardSet.open(tmp_path / "latents")).batches(0), 1)
+
+
+def write_torn(directory: Path) -> ShardSet:
+    write_latents(directory)
+    tar = min(directory.glob("*.tar"))
+    os.truncate(tar, tar.stat().st_size // 3)
+    return ShardSet.open(directory)
+
+
+def test_the_replacement_does_not_depend_on_the_ranks(tmp_path: Path) -> None:
+    shards = write_torn(tmp_path / "latents")
+    alone = by_position(take(loader(shards).batches(0), 4))
+    for ranks in (2, 3, 4):
+        found = [by_position(take(loader(shards, rank, ranks).batches(0), 4)) for rank in range(ranks)]
+        assert {p: s for part in found for p, s in part.items()} == alone
+
+
+def test_a_replacement_is_of_the_same_bucket(tmp_path: Path) -> None:
+    shards = write_torn(tmp_path / "latents")
+    bucket_of = {shards.key(i): bucket for i, bucket in loader(shards).items}
+    replaced = [r for b in take(loader(shards).batches(0), 4) for r in b.replacements]
+    assert replaced
+    assert all(bucket_of[r.key] == bucket_of[r.by] for r in replaced)

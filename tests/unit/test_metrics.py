@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from megasora.observe.metrics import Journal, StepMetrics, console_line, history, read_lines
+from megasora.resume import logged_replacements
 
 
 def line(attempt: int, step: int, loss: float) -> StepMetrics:
@@ -47,3 +48,11 @@ def test_the_console_line() -> None:
     assert "200 tok/s" in text
     assert "MFU 50 %" in text
     assert "ETA 1:05:05" in text
+
+
+def test_a_replay_takes_the_replacements_of_the_log(tmp_path: Path) -> None:
+    for segment, by in ((0, "b"), (1, "c")):
+        journal = Journal(tmp_path, tensorboard=False)
+        journal.event("bad_sample", segment=segment, position=7, key="a", reason="torn", by=by)
+        journal.close()
+    assert logged_replacements(tmp_path) == {0: {7: "b"}, 1: {7: "c"}}

@@ -1,5 +1,6 @@
 """A sample is trained alike wherever it lies; the loss is the mean over the batch of the samples' means."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -98,3 +99,32 @@ def test_tokens_of_a_bucket() -> None:
     assert tokens_of(Bucket(1, 256, 256), (4, 8, 8), (1, 2, 2)) == 256
     assert tokens_of(Bucket(17, 480, 832), (4, 8, 8), (1, 2, 2)) == 5 * 30 * 52
     assert tokens_of(Bucket(81, 480, 832), (4, 8, 8), (1, 2, 2)) == 32_760  # as Wan counts 81 frames at 480p
+
+
+def test_each_position_has_noise_of_its_own() -> None:
+    def noise(position: int) -> Tensor:
+        batch = build_microbatch([replace(SAMPLES[1], position=position)], RECIPE)
+        return (batch.row.tokens + (1 - batch.row.timestep[0]) * batch.target)[:12].flatten()
+
+    correlation = torch.corrcoef(torch.stack([noise(p) for p in range(40)])) - torch.eye(40)
+    assert correlation.abs().max() < 0.5  # 192 numbers: seven sigma
+
+
+def test_the_posterior_and_the_noise_are_independent() -> None:
+    flat = torch.zeros(4, 1, 32, 32)
+    one = replace(SAMPLES[0], latent=Latent(flat, flat, SAMPLES[0].latent.text))
+    batch = build_microbatch([one], replace(RECIPE, capacity=256))
+    t = batch.row.timestep[0]
+    data, noise = batch.row.tokens - t * batch.target, batch.row.tokens + (1 - t) * batch.target
+    assert torch.corrcoef(torch.stack([data.flatten(), noise.flatten()]))[0, 1].abs() < 0.1  # 4096 numbers: six sigma
+
+
+def test_the_stages_shift_reaches_the_timestep() -> None:
+    one, three = (torch.logit(build_microbatch(SAMPLES, replace(RECIPE, shift=s)).row.timestep[:3]) for s in (1.0, 3.0))
+    torch.testing.assert_close(three - one, torch.full((3,), math.log(3.0)), rtol=1e-4, atol=1e-4)
+
+
+def test_each_sample_has_its_own_text() -> None:
+    row = build_microbatch(SAMPLES, RECIPE).row
+    for one, (a, b) in zip(SAMPLES, pairwise(row.caption.offsets[:4]), strict=True):
+        assert torch.equal(row.text[a:b], one.latent.text)

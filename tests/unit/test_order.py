@@ -26,3 +26,10 @@ def test_every_epoch_visits_every_sample_once_in_its_own_order() -> None:
     assert all(sorted(order) == list(range(17)) for order in visited)
     assert visited[0] != visited[1] != visited[2]
     assert [sample_at(p) for p in (40, 3, 40)] == [visited[2][6], visited[0][3], visited[2][6]]
+
+
+def test_neighbours_in_a_half_do_not_stay_neighbours() -> None:
+    # Two Feistel rounds keep the difference of the left halves of indices whose right halves agree.
+    p = Permutation(4096, 5)
+    kept = sum((p(i) ^ p(i + 64)) >> 6 == (i ^ (i + 64)) >> 6 for i in range(4096 - 64))
+    assert kept < 4 * 4096 / 64  # by chance one in 64; after two rounds all

@@ -1,14 +1,15 @@
 """The default family: published parameter counts and FLOPs, packing, conditioning, initial state."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from megasora.models.flops import forward_macs, training_flops
-from megasora.models.layers import sincos_embedding
+from megasora.models.layers import rotary_angles, sincos_embedding
 from megasora.models.packing import PackedRow, pack, patch_grid, patchify, unpatchify
-from megasora.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
+from megasora.models.video_dit import PRESETS, QKNormAttention, VideoDiT, VideoDiTConfig
 
 SMALL = VideoDiTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, text_width=24)
 
@@ -157,3 +158,36 @@ def test_bad_shapes_are_refused() -> None:
         VideoDiTConfig(width=100, heads=3)
     with pytest.raises(ValueError, match="do not fit"):
         make_row(SHAPES, TEXTS, capacity=8)
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def attend(module: QKNormAttention, queries: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    q, k = rms(module.q(queries), module.norm_q.weight), rms(module.k(context), module.norm_k.weight)
+    q, k, v = (x.unflatten(-1, (4, 12)).transpose(0, 1) for x in (q, k, module.v(context)))
+    return module.out(((q @ k.mT / math.sqrt(12)).softmax(-1) @ v).transpose(0, 1).flatten(1))
+
+
+def test_a_block_is_wans_formula() -> None:
+    """Written out from Wan 2.1's WanAttentionBlock: e = (modulation + e).chunk(6), in the order shift, scale, gate."""
+    model, row = small_model(), make_row([(2, 4, 4)], [5])
+    block = model.blocks[0]
+    x, text, e = torch.randn(row.video.total, 48), torch.randn(5, 48), torch.randn(1, 6, 48)
+    norm = partial(torch.nn.functional.layer_norm, normalized_shape=(48,), eps=1e-6)
+    m = [part[0] for part in (block.modulation + e).unbind(1)]
+    y = norm(x) * (1 + m[1]) + m[0]
+    expected = x + attend(block.self_attention, y, y) * m[2]
+    y = norm(expected, weight=block.norm_cross.weight, bias=block.norm_cross.bias)
+    expected = expected + attend(block.cross_attention, y, text)
+    expected = expected + block.mlp(norm(expected) * (1 + m[4]) + m[3]) * m[5]
+    found = block(x, text, e, torch.zeros(row.video.total, 6), row, model.attention)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_is_split_over_the_axes_as_wans() -> None:
+    # Wan 2.1: of c // 2 complex numbers c - 2 · (c // 3) are time's, then rows, then columns: 22, 21, 21 of 64.
+    for axis, (first, end) in enumerate(((0, 22), (22, 43), (43, 64))):
+        turned = rotary_angles(torch.eye(3, dtype=torch.int64)[axis : axis + 1], 128)[0].nonzero().flatten()
+        assert turned.tolist() == list(range(first, end))
