@@ -76,11 +76,6 @@ def saved_tensors(metadata: Metadata) -> dict[str, SavedTensor]:
     return found
 
 
-def tensor_names(path: Path) -> dict[str, SavedTensor]:
-    """The tensors in the checkpoint at `path`, by name. CheckpointError if it is damaged."""
-    return saved_tensors(read_metadata(path))
-
-
 class _AllowList(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from megasora.checkpoint import manifest
 from megasora.checkpoint.directory import CheckpointConfig, list_checkpoints
 from megasora.checkpoint.load import load, resume_path, verify
-from megasora.checkpoint.metadata import tensor_names
+from megasora.checkpoint.metadata import read_metadata, saved_tensors
 from megasora.checkpoint.save import prune, save
 from megasora.errors import CheckpointError
 from tests.harness import run_distributed
@@ -176,7 +176,7 @@ def test_two_processes(tmp_path: Path) -> None:
     tensors = zeroed(reference)
     load(path, tensors)
     assert same(tensors, expected)
-    assert {name: entry.shape for name, entry in tensor_names(path).items()} == {
+    assert {name: entry.shape for name, entry in saved_tensors(read_metadata(path)).items()} == {
         name: tuple(tensor.shape) for name, tensor in reference.items()
     }
 

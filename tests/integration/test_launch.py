@@ -254,7 +254,10 @@ def test_workers_die_with_the_launcher(notes: Path) -> None:
     launcher = _start([_case(notes, "train:0:0", "train:0:0")])
     _await(launcher, notes / "listening.0", notes / "listening.1")
     launcher.kill()
-    launcher.communicate(timeout=20)  # the fixture looks for the workers
+    launcher.communicate(timeout=20)
+    workers = [int(path.read_text()) for path in _pid_notes(notes)]
+    assert len(workers) == 2
+    assert not any(_runs(pid) for pid in workers)
 
 
 def test_two_nodes_end_with_the_same_code(notes: Path) -> None:

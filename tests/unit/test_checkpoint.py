@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 from megasora.checkpoint.directory import CheckpointConfig, latest, list_checkpoints
 from megasora.checkpoint.load import load, read_facts, resume_path, verify
 from megasora.checkpoint.manifest import FileSum, Manifest, read_manifest, write_manifest
-from megasora.checkpoint.metadata import SavedTensor, tensor_names
+from megasora.checkpoint.metadata import SavedTensor, read_metadata, saved_tensors
 from megasora.checkpoint.save import prune, save
 from megasora.errors import CheckpointError
 from megasora.verbs import ckpt
@@ -76,7 +76,7 @@ def test_what_was_saved_comes_back(saved: Path) -> None:
     assert equal(tensors, make(5))
     assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == storage
     expected = {name: SavedTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in make(5).items()}
-    assert tensor_names(saved) == expected
+    assert saved_tensors(read_metadata(saved)) == expected
 
 
 def test_the_manifest_describes_the_bytes_on_disk(saved: Path) -> None:
@@ -104,7 +104,7 @@ def test_every_changed_byte_is_found(saved: Path, kind: str) -> None:
         assert equal(tensors, blank(make(5)))
         if kind != "__0_0.distcp":
             with pytest.raises(CheckpointError, match=kind.replace(".", r"\.")):
-                _ = (read_facts(saved), tensor_names(saved))
+                _ = (read_facts(saved), saved_tensors(read_metadata(saved)))
     (saved / kind).write_bytes(good)
     assert verify(saved) == []
 
@@ -173,7 +173,7 @@ def test_a_hostile_metadata_file_runs_nothing(saved: Path, tmp_path: Path) -> No
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
     reseal(saved)
     assert verify(saved) == []
-    for read in (lambda: load(saved, make(5)), lambda: tensor_names(saved)):
+    for read in (lambda: load(saved, make(5)), lambda: saved_tensors(read_metadata(saved))):
         with pytest.raises(CheckpointError, match=r"\.metadata: refused: it asks for posix\.mkdir"):
             read()
     assert not (tmp_path / "executed").exists()
@@ -188,20 +188,20 @@ def test_metadata_with_bytes_or_with_files_elsewhere_is_refused(saved: Path) -> 
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
     reseal(saved)
     with pytest.raises(CheckpointError, match="BytesStorageMetadata"):
-        tensor_names(saved)
+        saved_tensors(read_metadata(saved))
     metadata.state_dict_metadata["model/pickled"] = ChunkStorageMetadata(  # type: ignore[assignment]
         torch.Size([1]), torch.Size([1])
     )
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
     reseal(saved)
     with pytest.raises(CheckpointError, match="model/pickled is not a tensor"):
-        tensor_names(saved)
+        saved_tensors(read_metadata(saved))
     del metadata.state_dict_metadata["model/pickled"]
     next(iter(metadata.storage_data.values())).relative_path = "../elsewhere"
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
     reseal(saved)
     with pytest.raises(CheckpointError, match=r"lies in \.\./elsewhere"):
-        tensor_names(saved)
+        saved_tensors(read_metadata(saved))
 
 
 def test_a_manifest_cannot_name_files_elsewhere(saved: Path) -> None:
