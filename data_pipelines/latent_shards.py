@@ -26,11 +26,15 @@ MANIFEST = "latents.json"
 
 @dataclass(frozen=True)
 class Latent:
-    """A sample as training sees it: the VAE's posterior [C, T, H, W] in latent frames and pixels, text [M, E], all fp32."""
+    """A sample as training sees it: the VAE's posterior [C, T, H, W] in latent frames and pixels, text [M, E] and its pooled
+    vector [V] (empty where the encoder gives none), all fp32; frames a second; its class, -1 for none."""
 
     mean: Tensor
     logvar: Tensor
     text: Tensor
+    pooled: Tensor
+    fps: float
+    label: int
 
 
 def read_latent(key: str, members: dict[str, bytes], frames: int | None = None) -> Latent:
@@ -38,13 +42,15 @@ def read_latent(key: str, members: dict[str, bytes], frames: int | None = None) 
     try:
         tensors = load(members["safetensors"])
         mean, logvar, text = tensors["mean"], tensors["logvar"], tensors["text"]
+        facts = json.loads(members["json"])
         if frames is not None:
-            stride = json.loads(members["json"])["temporal_compression"]
-            length = 1 + (frames - 1) // stride
+            length = 1 + (frames - 1) // facts["temporal_compression"]
             mean, logvar = mean[:, :length], logvar[:, :length]
-    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        fps, label = float(facts["fps"]), int(facts["label"])
+    except (KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise BadSample(key, f"no latent: {error}") from None
-    return Latent(mean.float(), logvar.float(), text.float())
+    pooled = tensors["pooled"] if "pooled" in tensors else text.new_zeros(0)
+    return Latent(mean.float(), logvar.float(), text.float(), pooled.float(), fps, label)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Encoders:
     """What turns samples into latents. `manifest` says which encoders these are: latents of others are stale."""
 
     video: Callable[[np.ndarray], tuple[Tensor, Tensor]]  # uint8 [T, H, W, 3] -> mean and log-variance [C, T', H', W']
-    text: Callable[[str], Tensor]  # -> [M, E]
+    text: Callable[[str], tuple[Tensor, Tensor]]  # -> [M, E] and the pooled [V], which may be empty
     temporal_compression: int
     dtype: torch.dtype  # of the latents on disk
     manifest: dict[str, Any]
@@ -113,16 +119,17 @@ def _encode_shard(
                 if not wanted:
                     raise BadSample(row.key, "shorter than every bucket")
                 caption = members["txt"].decode()
-                text = encoders.text(caption)
+                text, pooled = encoders.text(caption)
+                label = read_label(row.key, members)
                 for bucket in wanted:
                     media = next(content for suffix, content in members.items() if suffix in MEDIA)
                     frames = decode(media, frames=bucket.frames, height=bucket.height, width=bucket.width)
                     mean, logvar = encoders.video(frames)
-                    tensors = {"mean": mean, "logvar": logvar, "text": text}
+                    tensors = {"mean": mean, "logvar": logvar, "text": text} | ({"pooled": pooled} if len(pooled) else {})
                     facts = {
                         "kind": "image" if bucket.frames == 1 else "video", "frames": bucket.frames, "fps": row.fps,
                         "height": bucket.height, "width": bucket.width, "source": row.key, "caption": caption,
-                        "caption_tokens": len(text), "temporal_compression": encoders.temporal_compression,
+                        "caption_tokens": len(text), "temporal_compression": encoders.temporal_compression, "label": label,
                     }  # fmt: skip
                     shard.write(
                         {
@@ -140,6 +147,16 @@ def _encode_shard(
                 dropped[str(error)] += 1
             yield row.key
         write_whole(report, json.dumps({"kept": dict(kept), "dropped": dict(dropped)}))
+
+
+def read_label(key: str, members: dict[str, bytes]) -> int:
+    """The class in a sample's `cls` member, webdataset's name for it; -1 where there is none. Raises BadSample."""
+    if "cls" not in members:
+        return -1
+    try:
+        return int(members["cls"])
+    except ValueError:
+        raise BadSample(key, "its class is no number") from None
 
 
 def wanted_buckets(configs: list[BucketConfig], frames: int, height: int, width: int) -> list[Bucket]:

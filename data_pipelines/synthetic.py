@@ -16,10 +16,17 @@ class SyntheticLatents:
     PER_BUCKET = 8
 
     def __init__(
-        self, buckets: list[BucketConfig], channels: int, compression: tuple[int, int, int], text: tuple[int, int]
+        self,
+        buckets: list[BucketConfig],
+        channels: int,
+        compression: tuple[int, int, int],
+        text: tuple[int, int],
+        pooled: int = 0,
+        classes: int = 0,
     ) -> None:
         self.directory = Path("synthetic")
         self.channels, self.compression, self.text = channels, compression, text
+        self.pooled, self.classes = pooled, classes
         every = sorted({bucket for config in buckets for bucket in buckets_of(config)})
         self.rows = [bucket for bucket in every for _ in range(self.PER_BUCKET)]
         columns = {
@@ -45,4 +52,7 @@ class SyntheticLatents:
             "logvar": torch.full(shape, -6.0),
             "text": torch.randn(self.text, generator=generator),
         }
-        return {"safetensors": save(tensors), "json": json.dumps({"temporal_compression": t}).encode()}
+        if self.pooled:
+            tensors["pooled"] = torch.randn(self.pooled, generator=generator)
+        facts = {"temporal_compression": t, "fps": 24.0, "label": index % self.classes if self.classes else -1}
+        return {"safetensors": save(tensors), "json": json.dumps(facts).encode()}

@@ -18,7 +18,8 @@ from megasora.build import build_engine, build_loader, build_recipe, check_fit
 from megasora.config import Config, to_dict
 from megasora.encoders import LatentFacts, open_facts
 from megasora.errors import CheckFailed, ConfigError
-from megasora.microbatch import build_microbatch, squared_error
+from megasora.microbatch import build_microbatch, training_loss
+from megasora.models.text import Text
 from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.parallel.mesh import Processes, processes
@@ -50,7 +51,7 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
             clock.lap("data_wait")
             rows = [build_microbatch(samples, recipe) for samples in batch.rows]
             clock.lap("microbatch")
-            loss = engine.forward_backward(rows, squared_error).item()
+            loss = engine.forward_backward(rows, training_loss(recipe)).item()
             clock.lap("forward_backward")
             engine.clip().item()
             clock.lap("clip")
@@ -75,9 +76,11 @@ def open_source(config: Config, synthetic: bool) -> tuple[LatentSource, LatentFa
     compression = config.vae.compression
     manifest = {"channels": config.model.channels, "compression": list(compression)}
     buckets = [stage.buckets for stage in config.stages]
-    text = (TEXT_TOKENS, config.model.text_width)
-    source = SyntheticLatents(buckets, config.model.channels, compression, text)
-    return source, LatentFacts(manifest, torch.zeros(1, config.model.text_width))
+    model = config.model
+    source = SyntheticLatents(
+        buckets, model.channels, compression, (TEXT_TOKENS, model.text_width), model.pooled_width, model.classes
+    )
+    return source, LatentFacts(manifest, Text(torch.zeros(1, model.text_width), torch.zeros(model.pooled_width)))
 
 
 class Clock:

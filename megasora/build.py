@@ -12,10 +12,11 @@ from megasora.config import Config, Stage
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import Engine, TorchNative
 from megasora.errors import ConfigError
-from megasora.microbatch import Recipe, tokens_of
+from megasora.diffusion.objective import Objective, build_objective
+from megasora.microbatch import Recipe, patches_of, tokens_of
 from megasora.models.attention import find_attention
 from megasora.models.flops import training_flops
-from megasora.models.video_dit import VideoDiT
+from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
 from megasora.seeding import fold
@@ -28,9 +29,10 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
         raise ConfigError("run.determinism=bitwise: model.attention=flash adds up in no fixed order; use sdpa")
     if config.model.channels != latents.channels:
         raise ConfigError(f"model.channels={config.model.channels}: the latents have {latents.channels}")
-    text_width = latents.null_text.shape[1]
-    if config.model.text_width != text_width:
-        raise ConfigError(f"model.text_width={config.model.text_width}: the text embeddings have {text_width}")
+    for key, found in (("text_width", latents.null.tokens.shape[1]), ("pooled_width", len(latents.null.pooled))):
+        wanted = {"text_width": config.model.text_width, "pooled_width": config.model.pooled_width}[key]
+        if wanted not in (0, found):
+            raise ConfigError(f"model.{key}={wanted}: the text encoder of these latents gives {found}")
     batch, ranks, capacity = config.data.global_batch, group.layout.dp, config.data.capacity
     if batch % ranks:
         nearest = max(1, round(batch / ranks)) * ranks
@@ -78,7 +80,7 @@ def build_engine(config: Config, group: Processes) -> Engine:
     """The model on the layout of the group, its weights drawn from the run's seed."""
     if config.run.determinism == "bitwise":
         torch.use_deterministic_algorithms(True)
-    build = partial(VideoDiT, config.model, config.model.attention)
+    build = partial(build_model, config.model)
     return TorchNative(build, fold(config.run.seed, "weights"), group, config.precision, config.optim)
 
 
@@ -97,7 +99,8 @@ def build_loader(
         return tokens_of(bucket, latents.compression, config.model.patch)
 
     def cost(bucket: Bucket, text_tokens: int) -> float:
-        return float(training_flops(config.model, tokens(bucket), text_tokens))
+        shape = patches_of(bucket, latents.compression, config.model.patch)
+        return float(training_flops(config.model, shape, text_tokens))
 
     return LatentLoader(
         shards,
@@ -112,16 +115,24 @@ def build_loader(
     )
 
 
+def find_objective(config: Config) -> Objective | None:
+    """What the model learns; None for a classifier."""
+    return None if config.objective == "classify" else build_objective(config.objective, config.flow, config.gaussian)
+
+
 def build_recipe(config: Config, group: Processes, latents: LatentFacts, stage: Stage, segment: int) -> Recipe:
     """How the stage's samples become training pairs."""
     return Recipe(
         seed=config.run.seed,
         segment=segment,
+        objective=find_objective(config),
         flow=config.flow,
         shift=stage.shift,
+        tasks=stage.tasks,
         drop_captions=stage.drop_captions,
-        null_text=latents.null_text.to(group.device),
+        null=latents.null,
         patch=config.model.patch,
+        chunk=chunk_of(config.model),
         capacity=config.data.capacity,
         global_batch=config.data.global_batch,
         device=group.device,

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -20,13 +20,17 @@ from data_pipelines.buckets import BucketConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.prepare import PrepareConfig
 from megasora.checkpoint.directory import CheckpointConfig
+from megasora.diffusion.conditioning import check_tasks
 from megasora.diffusion.flow import FlowConfig
+from megasora.diffusion.gaussian import GaussianConfig
+from megasora.diffusion.samplers import SAMPLERS
 from megasora.engines.optim import OptimConfig
 from megasora.engines.torch_native import EngineConfig
 from megasora.errors import ConfigError
 from megasora.models.attention import ATTENTION
 from megasora.models.vae import VAEConfig
-from megasora.models.video_dit import PRESETS, VideoDiTConfig
+from megasora.models.families import CLASSIFIERS, CONFIGS, DEFAULT, PRESETS, AnyModelConfig
+from megasora.models.video_dit import VideoDiTConfig
 from megasora.vae_training import TrainVAEConfig
 
 
@@ -53,19 +57,6 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(VideoDiTConfig):
-    """The generator. `preset` gives every number that the file or the command line does not."""
-
-    preset: str = ""
-    attention: str = "sdpa"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention: {self.attention!r} is not one of {', '.join(ATTENTION)}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the processes share the work: `auto`, or terms such as dp4,zero2 or hsdp2x4,zero3."""
 
@@ -80,7 +71,8 @@ class Stage:
     steps: int = 1000
     lr: float | None = None  # peak; default optim.lr
     shift: float = 1.0  # of the timesteps, towards noise
-    drop_captions: float = 0.1  # share of samples trained on the empty caption, for guidance
+    drop_captions: float = 0.1  # share of samples trained on the empty caption or without their class, for guidance
+    tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})  # shares: text, image, first_last, extend, ...
     buckets: BucketConfig = field(default_factory=BucketConfig)
 
     def __post_init__(self) -> None:
@@ -92,6 +84,7 @@ class Stage:
             raise ValueError(f"shift={self.shift}: a positive number is expected")
         if not 0 <= self.drop_captions <= 1:
             raise ValueError(f"drop_captions={self.drop_captions}: from 0 to 1")
+        check_tasks(self.tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,30 +100,79 @@ class EncodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What `sample` makes, and what training shows every `every` steps (0: never)."""
+    """What `sample` makes. Given pictures (`first`, `last`) and video (`extend`) are files; the model fills in the rest.
+
+    Longer than `window`, a video is made in stretches: by chunks where the model is chunk-causal, else in windows of which
+    each begins with the last `overlap` frames of the one before. Memory then does not grow with the length.
+    """
 
     prompts: tuple[str, ...] = ()
     negative: str = ""
+    labels: tuple[int, ...] = ()  # for models conditioned on classes: one a prompt, or alone
     frames: int = 17
     height: int = 128
     width: int = 224
     fps: float = 12.0
     steps: int = 30
+    sampler: str = ""  # flow: euler (default), heun; gaussian: ddpm (default), ddim, dpmpp
     guidance: float = 4.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps in which guidance acts
     shift: float = 1.0
     seed: int = 0
-    every: int = 0
+    first: str = ""  # a picture that the video begins with
+    last: str = ""  # a picture that it ends with
+    loop: bool = False  # it ends as it begins: `last` is `first`
+    extend: str = ""  # a video that it goes on from
+    window: int = 0  # frames that the model makes at once (those it was trained on); 0: all
+    overlap: int = 5  # of them, frames that two windows share
     checkpoint: str = "latest"  # latest of run.dir, or a PATH to a step directory
     weights: Literal["ema", "model"] = "ema"
     output: str = ""  # default: run.dir/samples
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("steps", 1), ("every", 0)):
+        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("steps", 1), ("window", 0), ("overlap", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
         for name in ("fps", "shift"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is expected")
+        known = [name for samplers in SAMPLERS.values() for name in samplers]
+        if self.sampler and self.sampler not in known:
+            raise ValueError(f"sampler={self.sampler}: is not one of {', '.join(known)}")
+        if not 0 <= self.guidance_interval[0] <= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval={list(self.guidance_interval)}: two timesteps, the lower first")
+        if self.window and self.overlap >= self.window:
+            raise ValueError(f"overlap={self.overlap}: less than window={self.window}")
+        if self.loop and not self.first:
+            raise ValueError("loop=true: give the picture that it begins and ends with as sample.first")
+        if self.loop and self.last:
+            raise ValueError(f"last={self.last}: a loop ends with sample.first")
+        if self.extend and self.first:
+            raise ValueError(f"first={self.first}: a video that goes on from sample.extend begins with that")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What training shows and measures of the averaged weights, every so many steps (0: never)."""
+
+    every: int = 0  # fixed prompts with fixed noise, by the settings of `sample`
+    prompts: tuple[str, ...] = ()  # default: sample.prompts
+    loss_every: int = 0  # the loss of fixed samples at fixed quantiles of the timesteps
+    path: str = ""  # latents held out for that; default: data.path
+    samples: int = 16
+    quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    clip: str = ""  # a local CLIP directory: how well the videos fit their prompts
+    fvd: str = ""  # a local TorchScript file of I3D features: the distance to `fvd_reference`
+    fvd_reference: str = ""  # a directory of real videos
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("loss_every", 0), ("samples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+        if not self.quantiles or not all(0 < q < 1 for q in self.quantiles):
+            raise ValueError(f"quantiles={list(self.quantiles)}: numbers between 0 and 1")
+        if bool(self.fvd) != bool(self.fvd_reference):
+            raise ValueError(f"fvd={self.fvd}: give it together with eval.fvd_reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,20 +215,36 @@ class Config:
     train_vae: TrainVAEConfig = field(default_factory=TrainVAEConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Annotated[AnyModelConfig, pydantic.Field(discriminator="family")] = field(default_factory=VideoDiTConfig)
+    objective: Literal["flow", "gaussian", "classify"] = "flow"
     flow: FlowConfig = field(default_factory=FlowConfig)
+    gaussian: GaussianConfig = field(default_factory=GaussianConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     stages: tuple[Stage, ...] = (Stage(),)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages: a run needs at least one")
+        classifier = self.model.family in CLASSIFIERS
+        if (self.objective == "classify") != classifier:
+            wanted = "classify" if classifier else "flow or gaussian"
+            raise ValueError(f"objective={self.objective}: model.family={self.model.family} learns by {wanted}")
+        learned = self.objective == "gaussian" and self.gaussian.variance == "learned_range"
+        if self.model.learn_sigma != learned and not classifier:
+            raise ValueError(
+                f"model.learn_sigma={str(self.model.learn_sigma).lower()}: goes together with objective=gaussian and "
+                f"gaussian.variance=learned_range"
+            )
+        if self.sample.sampler and not classifier and self.sample.sampler not in SAMPLERS[self.objective]:
+            known = ", ".join(SAMPLERS[self.objective])
+            raise ValueError(f"sample.sampler={self.sample.sampler}: objective={self.objective} has {known}")
 
 
 def load_config(file: Path | None, overrides: list[str]) -> Config:
@@ -200,8 +258,8 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
         if not override.startswith("--") or not separator:
             raise ConfigError(f"{override}: overrides are written --section.key=value, with the equals sign")
         _set(raw, key, _parse(value))
-    check_keys(raw, Config, "")
     _expand_preset(raw)
+    check_keys(raw, Config, "")
     try:
         return pydantic.TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as error:
@@ -251,7 +309,7 @@ def flatten(raw: Any, prefix: str = "") -> dict[str, Any]:
 
 def check_keys(raw: Any, kind: Any, prefix: str) -> None:
     """Raises ConfigError for the first key of `raw` that the dataclass `kind` does not have, with the nearest that it has."""
-    kind = _inner_dataclass(kind)
+    kind = _family(raw, prefix) if _is_model(kind) else _inner_dataclass(kind)
     if kind is None:
         return
     if isinstance(raw, list):
@@ -267,7 +325,7 @@ def check_keys(raw: Any, kind: Any, prefix: str) -> None:
         name = f"{prefix}{key}"
         if key not in hints:
             raise ConfigError(f"{name}={_brief(value)}: unknown key; did you mean {_nearest(name, kind, prefix)}?")
-        if value is None and _inner_dataclass(hints[key]) is not None:
+        if value is None and (_is_model(hints[key]) or _inner_dataclass(hints[key]) is not None):
             raise ConfigError(f"{name}: the section is empty")
         check_keys(value, hints[key], f"{name}.")
         if isinstance(value, bool) and hints[key] in (int, float, int | None, float | None):
@@ -289,6 +347,20 @@ def _keys(kind: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)]
 
 
+def _is_model(kind: Any) -> bool:
+    """Whether a hint is the one of `model`, whose keys depend on its family."""
+    return kind == AnyModelConfig
+
+
+def _family(raw: Any, prefix: str) -> Any:
+    """The config class that `model.family` names. Raises ConfigError with the nearest one."""
+    name = raw["family"] if isinstance(raw, dict) and "family" in raw else DEFAULT
+    if name not in CONFIGS:
+        nearest = difflib.get_close_matches(str(name), CONFIGS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{prefix}family={_brief(name)}: unknown family; did you mean {nearest}?")
+    return CONFIGS[name]
+
+
 def _inner_dataclass(kind: Any) -> Any:
     """The dataclass in `X`, `X | None` or `tuple[X, ...]`, else None."""
     if dataclasses.is_dataclass(kind):
@@ -299,19 +371,25 @@ def _inner_dataclass(kind: Any) -> Any:
 
 
 def _expand_preset(raw: dict[str, Any]) -> None:
-    model = raw.get("model") or {}
-    preset = model.get("preset", "")
-    if not preset:
-        return
-    if preset not in PRESETS:
-        nearest = difflib.get_close_matches(str(preset), PRESETS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"model.preset={preset}: unknown preset; did you mean {nearest}?")
-    raw["model"] = dataclasses.asdict(PRESETS[preset]) | model
+    """Puts the preset's numbers under those that are given, and the family where none is named."""
+    model = raw.setdefault("model", {})
+    if not isinstance(model, dict):
+        return  # check_keys says so
+    preset = model["preset"] if "preset" in model else ""
+    if preset:
+        if preset not in PRESETS:
+            nearest = difflib.get_close_matches(str(preset), PRESETS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"model.preset={preset}: unknown preset; did you mean {nearest}?")
+        raw["model"] = dataclasses.asdict(PRESETS[preset]) | model
+    raw["model"].setdefault("family", DEFAULT)
 
 
 def _first_line(error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    loc = first["loc"]
+    if loc[:1] == ("model",) and loc[1:2] and loc[1] in CONFIGS:  # the union's tag is no key
+        loc = (loc[0], *loc[2:])
+    where = ".".join(str(part) for part in loc)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # a cross-field check, whose message begins with the field's name
         return f"{where}.{message}" if where else message

@@ -12,24 +12,15 @@ from torch import Tensor
 from data_pipelines.errors import DataError
 from data_pipelines.latent_shards import read_manifest
 from megasora.config import EncodeConfig
-from megasora.errors import ConfigError
-from megasora.models.text import TextEncoder, load_text_encoder
-from megasora.models.vae import VideoVAE
+from megasora.models.first_stage import FirstStage, open_first_stage
+from megasora.models.text import Text, TextEncoder, load_text_encoder
 
 NULL_TEXT = "null_text.safetensors"
 
 
-def open_vae(config: EncodeConfig) -> VideoVAE:
-    """The VAE of encode.vae. Raises ConfigError when there is none."""
-    try:
-        return VideoVAE.load(Path(config.vae)).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"encode.vae={config.vae}: no VAE here ({error}); run `megasora train-vae` first") from None
-
-
-def text_directory(config: EncodeConfig, latents: Path) -> Path:
+def text_directory(config: EncodeConfig, latents: Path) -> str:
     """Where the text encoder lies: encode.text, or beside the latents, where `encode` makes the small one."""
-    return Path(config.text) if config.text else latents / "text"
+    return config.text or str(latents / "text")
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ class LatentFacts:
     """What training needs to know of the encoders without opening them."""
 
     manifest: dict[str, Any]
-    null_text: Tensor  # [M, E]: the empty caption
+    null: Text  # the empty caption
 
     @property
     def channels(self) -> int:
@@ -50,22 +41,23 @@ class LatentFacts:
         return t, h, w
 
 
-def make_manifest(vae: VideoVAE, text: TextEncoder, dtype: str) -> dict[str, Any]:
+def make_manifest(vae: FirstStage, text: TextEncoder, dtype: str) -> dict[str, Any]:
     """What latents depend on: if any of it changes, they are stale."""
     return {
-        "format": 1,
+        "format": 2,
         "vae": vae.fingerprint(),
         "text": text.fingerprint(),
         "text_width": text.width,
-        "channels": vae.config.latent_channels,
-        "compression": list(vae.config.compression),
+        "pooled_width": text.pooled_width,
+        "channels": vae.latent_channels,
+        "compression": list(vae.compression),
         "dtype": dtype,
     }
 
 
-def save_null_text(latents: Path, null_text: Tensor) -> None:
+def save_null_text(latents: Path, null: Text) -> None:
     hidden = latents / f".{NULL_TEXT}.{os.getpid()}"
-    save_file({"null_text": null_text}, hidden)
+    save_file({"null_text": null.tokens, "pooled": null.pooled}, hidden)
     hidden.replace(latents / NULL_TEXT)
 
 
@@ -73,15 +65,16 @@ def open_facts(latents: Path) -> LatentFacts:
     """Raises DataError when the directory holds no latents."""
     manifest = read_manifest(latents)
     try:
-        return LatentFacts(manifest, load_file(latents / NULL_TEXT)["null_text"])
-    except OSError as error:
+        null = load_file(latents / NULL_TEXT)
+        return LatentFacts(manifest, Text(null["null_text"], null["pooled"]))
+    except (OSError, KeyError) as error:
         raise DataError(f"{latents / NULL_TEXT}: {error}; run `megasora encode` again") from None
 
 
-def open_encoders(config: EncodeConfig, latents: Path) -> tuple[VideoVAE, TextEncoder]:
+def open_encoders(config: EncodeConfig, latents: Path) -> tuple[FirstStage, TextEncoder]:
     """Both encoders, to sample with. Raises DataError if they are not those that the latents were made with."""
     manifest = read_manifest(latents)
-    vae, text = open_vae(config), load_text_encoder(text_directory(config, latents))
+    vae, text = open_first_stage(config.vae), load_text_encoder(text_directory(config, latents))
     for name, encoder in (("vae", vae), ("text", text)):
         if encoder.fingerprint() != manifest[name]:
             raise DataError(f"encode.{name}: not the encoder that {latents} was made with (fingerprints differ)")

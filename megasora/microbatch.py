@@ -1,80 +1,144 @@
 """From latents to one packed row of the model: where data, diffusion and model meet.
 
-Noise, timestep and dropped captions are functions of (seed, segment, position) alone, so a sample is trained alike on every
-layout, and again when its step is replayed.
+Noise, timestep, task and dropped captions are functions of (seed, segment, position) alone, so a sample is trained alike on
+every layout, and again when its step is replayed.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Sample
-from megasora.diffusion.flow import FlowConfig, draw_timestep, interpolate, velocity
-from megasora.models.packing import PackedRow, Patch, pack, patch_grid, patchify
+from megasora.diffusion.conditioning import draw_mask
+from megasora.diffusion.flow import FlowConfig, size_shift
+from megasora.diffusion.objective import Objective
+from megasora.models.packing import Item, PackedRow, Patch, Shape, in_patches, pack, patchify
+from megasora.models.text import Text
 from megasora.seeding import generator, normal
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A packed row, what the model should say of it, and each token's share of the loss."""
+    """A packed row, what it was made of, and each token's share of the loss (of a classifier: each sample's)."""
 
     row: PackedRow
-    target: Tensor  # [L, P]
-    weight: Tensor  # [L], zero for padding
+    data: Tensor  # [L, P]
+    noise: Tensor  # [L, P]
+    weight: Tensor  # [L], or [S] of a classifier; zero for padding and for given frames
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a segment turns latents into training pairs."""
+    """How a segment turns latents into training pairs. `objective` None: a classifier, which sees clean samples."""
 
     seed: int
     segment: int
+    objective: Objective | None
     flow: FlowConfig
     shift: float
+    tasks: dict[str, float]
     drop_captions: float
-    null_text: Tensor  # [M, E], the empty caption's embedding
+    null: Text  # the empty caption
     patch: Patch
+    chunk: int  # frames of patches that share a timestep; 0: the whole sample
     capacity: int
     global_batch: int
     device: torch.device
+    quantile: float | None = None  # every timestep at this quantile of the distribution, not drawn
 
 
 def build_microbatch(samples: Sequence[Sample], recipe: Recipe) -> MicroBatch:
-    """Draws each sample's latent, noise and timestep and packs them. The loss of a token is weighted 1 / (tokens of its
-    sample · samples of the global batch), so that the sum over all rows and ranks is the mean of the samples' means."""
-    patches, grids, targets, weights, timesteps, texts = [], [], [], [], [], []
+    """Draws each sample's latent, noise, timesteps and task and packs them. The loss of a token is weighted 1 / (learned
+    tokens of its sample · samples of the global batch), so that the sum over all rows and ranks is the mean of the samples'
+    means."""
+    items, data, noise, weights = [], [], [], []
     for sample in samples:
         name = (recipe.seed, recipe.segment, sample.position)
-        mean, logvar = sample.latent.mean.to(recipe.device), sample.latent.logvar.to(recipe.device)
-        shape = tuple(mean.shape)
-        data = mean + torch.exp(0.5 * logvar) * normal(shape, "posterior", *name, device=recipe.device)
-        noise = normal(shape, "noise", *name, device=recipe.device)
-        t = draw_timestep(normal((), "timestep", *name), recipe.flow, recipe.shift).to(recipe.device)
+        latent = sample.latent
+        mean, logvar = latent.mean.to(recipe.device), latent.logvar.to(recipe.device)
+        clean = mean + torch.exp(0.5 * logvar) * normal(tuple(mean.shape), "posterior", *name, device=recipe.device)
+        shape = in_patches(clean.shape[1:], recipe.patch)
+        timesteps, given = draw_frames(shape, clean.shape[1:], recipe, name)
+        blur = normal(tuple(mean.shape), "noise", *name, device=recipe.device)
+        noisy = clean
+        if recipe.objective is not None:
+            t = timesteps.to(recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)  # [T, 1, 1]
+            kept = given.to(recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)
+            noisy = torch.where(kept, clean, recipe.objective.corrupt(clean, blur, t))
         dropped = torch.rand((), generator=generator("caption", *name)).item() < recipe.drop_captions
-        patches.append(patchify(interpolate(data, noise, t), recipe.patch))
-        targets.append(patchify(velocity(data, noise), recipe.patch))
-        grids.append(patch_grid(shape[1:], recipe.patch, recipe.device))
-        timesteps.append(t)
-        texts.append(recipe.null_text if dropped else sample.latent.text.to(recipe.device))
-        tokens = len(targets[-1])
-        weights.append(torch.full((tokens,), 1.0 / (tokens * recipe.global_batch), device=recipe.device))
-    row = pack(patches, grids, torch.stack(timesteps), texts, recipe.capacity)
-    padding = recipe.capacity - sum(map(len, targets))
-    target = nn.functional.pad(torch.cat(targets), (0, 0, 0, padding))
-    return MicroBatch(row, target, nn.functional.pad(torch.cat(weights), (0, padding)))
+        text = recipe.null if dropped else Text(latent.text, latent.pooled)
+        items.append(
+            Item(
+                patchify(noisy, recipe.patch), shape, timesteps, text.tokens.to(recipe.device),
+                text.pooled.to(recipe.device), fps=latent.fps, label=-1 if dropped else latent.label,
+            )  # fmt: skip
+        )
+        data.append(patchify(clean, recipe.patch))
+        noise.append(patchify(blur, recipe.patch))
+        learned = (~given).repeat_interleave(shape[1] * shape[2]).to(recipe.device)  # [L]
+        weights.append(learned / (learned.sum() * recipe.global_batch))
+    row = pack(items, recipe.capacity)
+    padding = recipe.capacity - sum(map(len, data))
+    if recipe.objective is None:
+        weight = torch.full((len(samples),), 1.0 / recipe.global_batch, device=recipe.device)
+        weight = F.pad(weight, (0, bool(padding)))
+    else:
+        weight = F.pad(torch.cat(weights), (0, padding))
+    return MicroBatch(row, *(F.pad(torch.cat(x), (0, 0, 0, padding)) for x in (data, noise)), weight)
 
 
-def squared_error(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """This row's share of the loss: the weighted squared error of the prediction, in fp32."""
-    error = (model(batch.row).float() - batch.target).square().mean(dim=-1)  # [L]
-    return (error * batch.weight).sum()
+def draw_frames(
+    shape: Shape, latent: Sequence[int], recipe: Recipe, name: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """[T] fp32 timesteps and [T] bool, which frames are given, of a sample of (T, H, W) patches; on the CPU."""
+    T = shape[0]
+    if recipe.objective is None:
+        return torch.zeros(T), torch.zeros(T, dtype=torch.bool)
+    chunks = math.ceil(T / recipe.chunk) if recipe.chunk else 1
+    shift = recipe.shift * size_shift(latent, recipe.flow)
+    z = normal((chunks,), "timestep", *name)
+    if recipe.quantile is not None:
+        z = torch.special.ndtri(torch.full((chunks,), recipe.quantile))
+    drawn = recipe.objective.draw(z, shift)
+    timesteps = drawn.repeat_interleave(recipe.chunk or T)[:T]
+    task, choice = torch.rand(2, generator=generator("task", *name)).tolist()
+    given = torch.tensor(draw_mask(recipe.tasks, T, (task, choice)))
+    return timesteps.masked_fill(given, 0.0), given
+
+
+def training_loss(recipe: Recipe) -> Callable[[nn.Module, MicroBatch], Tensor]:
+    """(model, batch) -> the row's share of the loss, fp32."""
+    objective = recipe.objective
+    if objective is None:
+        return classification_loss
+
+    def diffusion_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
+        row = batch.row
+        t = row.timestep[row.runs.index][:, None]  # [L, 1]
+        loss = objective.loss(model(row), batch.data, batch.noise, row.tokens, t)  # [L]
+        return (loss * batch.weight).sum()
+
+    return diffusion_loss
+
+
+def classification_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Cross-entropy of the samples' classes. A sample without one counts nothing."""
+    loss = F.cross_entropy(model(batch.row).float(), batch.row.label, ignore_index=-1, reduction="none")  # [S]
+    return (loss * batch.weight).sum()
+
+
+def patches_of(bucket: Bucket, compression: tuple[int, int, int], patch: Patch) -> Shape:
+    """(T, H, W) of a bucket's latent, in patches."""
+    pixels = (bucket.frames - 1, bucket.height, bucket.width)
+    T, H, W = (size // step for size, step in zip(pixels, compression, strict=True))
+    return (T + 1) // patch[0], H // patch[1], W // patch[2]
 
 
 def tokens_of(bucket: Bucket, compression: tuple[int, int, int], patch: Patch) -> int:
     """Patches of a bucket's latent."""
-    pixels = (bucket.frames - 1, bucket.height, bucket.width)
-    T, H, W = (size // step for size, step in zip(pixels, compression, strict=True))
-    return (T + 1) // patch[0] * (H // patch[1]) * (W // patch[2])
+    return math.prod(patches_of(bucket, compression, patch))

@@ -17,7 +17,7 @@ from megasora.observe.metrics import EVENTS, read_lines
 # Sections and keys that may differ between a checkpoint and the run that resumes it, because losses do not depend on them.
 # data.path may move: the index's fingerprint is what counts.
 FREE = (
-    "run", "engine", "parallel", "observe", "checkpoint", "sample", "bench", "prepare", "train_vae", "vae", "encode",
+    "run", "engine", "parallel", "observe", "checkpoint", "sample", "eval", "bench", "prepare", "train_vae", "vae", "encode",
     "model.attention", "model.preset", "data.path", "data.capacity", "data.prefetch", "data.readers",
     "data.max_replacements",
 )  # fmt: skip

@@ -1,88 +1,229 @@
-"""From prompts to pictures: noise, the sampler, guidance, the VAE's decoder, an mp4 and a contact sheet."""
+"""From noise to latents: conditions, guidance, given frames, and the two ways to videos longer than what a model was trained on.
+
+Everything is a function of the seed. Memory does not grow with the length of a video: `rollout` goes on chunk by chunk with the
+keys and values of the last chunks (Diffusion Forcing, MAGI-1), and `extend` window by window.
+"""
 
 import itertools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.video import contact_sheet, encode_mp4
 from megasora.config import SampleConfig
-from megasora.diffusion.flow import euler, guide
-from megasora.encoders import to_pixels
+from megasora.diffusion.objective import Objective
+from megasora.diffusion.samplers import SAMPLERS, Sampler, guidance_at, guide
 from megasora.errors import ConfigError
-from megasora.models.packing import Patch, pack, patch_grid, patchify, unpatchify
-from megasora.models.vae import VideoVAE
+from megasora.models.base import Cache
+from megasora.models.families import AnyModelConfig, chunk_of
+from megasora.models.packing import Item, Patch, in_patches, pack, patchify, unpatchify
+from megasora.models.text import Text
 from megasora.seeding import normal
+
+LatentShape = tuple[int, int, int, int]  # C, T, H, W
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one video is to show, and what it is guided away from; `label` is a class, -1 for none."""
+
+    text: Text
+    negative: Text
+    seed: int
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class Given:
+    """Frames that are known: `mask` [T] says which of `latent` [C, T, H, W]. Counted in latent frames."""
+
+    latent: Tensor
+    mask: Tensor
+
+    def part(self, begin: int, end: int) -> "Given":
+        return Given(self.latent[:, begin:end], self.mask[begin:end])
+
+
+class Generator:
+    """A model together with how it is sampled from."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AnyModelConfig,
+        objective: Objective,
+        objective_name: str,
+        settings: SampleConfig,
+        device: torch.device,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.config, self.objective, self.settings = model, config, objective, settings
+        samplers = SAMPLERS[objective_name]
+        self.sampler: Sampler = samplers[settings.sampler or next(iter(samplers))]
+        self.device, self.progress = device, progress
+
+    @torch.no_grad()
+    def generate(self, shape: LatentShape, prompt: Prompt, given: Given | None = None) -> Tensor:
+        """One latent [C, T, H, W], in one piece. Both passes of guidance lie side by side in one packed row."""
+        return self._sample(shape, prompt, given, name=(), first_frame=0, caches=None)
+
+    @torch.no_grad()
+    def rollout(self, shape: LatentShape, prompt: Prompt, given: Given | None = None) -> Iterator[Tensor]:
+        """The latent of a chunk-causal model, chunk after chunk [C, t, H, W]: the keys and values of what is finished are kept,
+        as far back as the model's window sees."""
+        C, T, H, W = shape
+        pt, _, _ = self.config.patch
+        chunk = chunk_of(self.config) * pt
+        conditions = self._conditions(prompt)
+        caches: list[Cache] = [{} for _ in conditions]
+        for number, begin in enumerate(range(0, T, chunk)):
+            end = min(begin + chunk, T)
+            known = given.part(begin, end) if given is not None else None
+            if known is not None and bool(known.mask.all()):
+                latent = known.latent.to(self.device)
+            else:
+                latent = self._sample((C, end - begin, H, W), prompt, known, (number,), begin // pt, caches)
+            self._predict(latent, torch.zeros((end - begin) // pt), conditions, begin // pt, caches, remember=True)
+            self._forget(caches, latent)
+            yield latent
+
+    @torch.no_grad()
+    def extend(
+        self,
+        shape: LatentShape,
+        frames: int,
+        prompt: Prompt,
+        given: Given | None,
+        decode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Tensor],
+    ) -> Iterator[Tensor]:
+        """Pixels [3, t, H, W] of a video of `frames`, window after window, for models that attend in full.
+
+        `shape` is a window's latent. Each window begins with the last settings.overlap frames of the one before, encoded anew,
+        because a causal VAE's first latent frame is unlike the others. `given` holds for the first window.
+        """
+        made = 0
+        for number in itertools.count():
+            latent = self._sample(shape, prompt, given, (number,) if number else (), first_frame=0, caches=None)
+            pixels = decode(latent)  # [3, T', H', W']
+            fresh = pixels[:, self.settings.overlap if number else 0 :][:, : frames - made]
+            made += fresh.shape[1]
+            yield fresh
+            if made == frames:
+                return
+            tail = encode(pixels[:, -self.settings.overlap :])  # [C, O, H, W]
+            given = leading(tail, shape)
+
+    def _sample(
+        self,
+        shape: LatentShape,
+        prompt: Prompt,
+        given: Given | None,
+        name: tuple[int, ...],
+        first_frame: int,
+        caches: list[Cache] | None,
+    ) -> Tensor:
+        noise = normal(shape, "sample", prompt.seed, *name, device=self.device)
+        conditions = self._conditions(prompt)
+        frames = in_patches(shape[1:], self.config.patch)[0]
+        kept = torch.zeros(shape[1], dtype=torch.bool) if given is None else given.mask
+        kept_frames = kept.view(frames, -1).all(1)  # [T] in patches
+        where = kept.to(self.device).view(1, -1, 1, 1)
+        clean = None if given is None else given.latent.to(self.device)
+        interval = self.settings.guidance_interval
+
+        def predict(x: list[Tensor], t: float) -> list[tuple[Tensor, Tensor | None]]:
+            self.progress()
+            latent = x[0] if clean is None else torch.where(where, clean, x[0])
+            timesteps = torch.full((frames,), t).masked_fill(kept_frames, 0.0)
+            scale = guidance_at(t, self.settings.guidance, interval)
+            asked = conditions if scale != 1 else conditions[:1]
+            answers = self._predict(latent, timesteps, asked, first_frame, caches, remember=False)
+            mean, variance = answers[0]
+            return [(mean if len(asked) == 1 else guide(mean, answers[1][0], scale), variance)]
+
+        def noise_of(step: int, i: int, like: Tensor) -> Tensor:
+            return normal(tuple(like.shape), "ancestral", prompt.seed, *name, step, i, device=self.device)
+
+        settings = self.settings
+        latent = self.sampler(self.objective, predict, [noise], settings.steps, settings.shift, noise_of)[0]
+        return latent if clean is None else torch.where(where, clean, latent)
+
+    def _conditions(self, prompt: Prompt) -> list[tuple[Text, int]]:
+        """What the model is told: the prompt, and, where there is guidance, what to be guided away from."""
+        told = [(prompt.text, prompt.label)]
+        return told if self.settings.guidance == 1 else [*told, (prompt.negative, -1)]
+
+    def _predict(
+        self,
+        latent: Tensor,
+        timesteps: Tensor,
+        conditions: Sequence[tuple[Text, int]],
+        first_frame: int,
+        caches: list[Cache] | None,
+        remember: bool,
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The model's word on [C, T, H, W] under each condition. Cached keys are added to only if it is to `remember`."""
+        patch, shape = self.config.patch, tuple(latent.shape[1:])
+        tokens = patchify(latent, patch)
+        fps = self.settings.fps if self.settings.frames > 1 else 0.0
+        items = [
+            Item(tokens, in_patches(shape, patch), timesteps, text.tokens.to(self.device), text.pooled.to(self.device),
+                 fps=fps, label=label, first_frame=first_frame)
+            for text, label in conditions
+        ]  # fmt: skip
+        if caches is None:
+            answers = self.model(pack(items)).float().chunk(len(items))
+        else:
+            used = zip(items, caches, strict=False)
+            answers = [self.model(pack([item]), c if remember else dict(c)).float() for item, c in used]
+        return [split_variance(answer, self.objective.outputs, shape, patch) for answer in answers]
+
+    def _forget(self, caches: list[Cache], latent: Tensor) -> None:
+        """Drops what lies further back than the model's window."""
+        window = self.config.window
+        if window:
+            T, H, W = in_patches(latent.shape[1:], self.config.patch)
+            kept = window * self.config.chunk * H * W
+            for cache in caches:
+                for layer, (k, v) in cache.items():
+                    cache[layer] = k[-kept:].clone(), v[-kept:].clone()
+
+
+def split_variance(
+    answer: Tensor, outputs: int, shape: Sequence[int], patch: Patch
+) -> tuple[Tensor, Tensor | None]:
+    """[L, outputs·P] -> the prediction [C, T, H, W] and, with a learned variance, its values."""
+    parts = [unpatchify(part, shape, patch) for part in answer.chunk(outputs, dim=-1)]
+    return parts[0], parts[1] if outputs == 2 else None
+
+
+def leading(latent: Tensor, shape: LatentShape) -> Given:
+    """The first frames [C, t, H, W] of a latent of `shape` as given ones."""
+    whole, mask = latent.new_zeros(shape), torch.zeros(shape[1], dtype=torch.bool)
+    whole[:, : latent.shape[1]] = latent
+    mask[: latent.shape[1]] = True
+    return Given(whole, mask)
 
 
 def latent_shape(
-    config: SampleConfig, channels: int, compression: tuple[int, int, int], patch: Patch
-) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of the latent of the wanted video. Raises ConfigError when the VAE and the patches cannot make it."""
+    config: SampleConfig, length: str, channels: int, compression: tuple[int, int, int], patch: Patch
+) -> LatentShape:
+    """(C, T, H, W) of the latent of `length` (frames, window or overlap). Raises ConfigError when the VAE and the patches cannot
+    make it."""
+    t, h, w = compression
+    frames = {"frames": config.frames, "window": config.window, "overlap": config.overlap}[length]
     sizes: list[int] = []
-    for key, pixels, step in (
-        ("frames", config.frames - 1, compression[0]),
-        ("height", config.height, compression[1] * patch[1]),
-        ("width", config.width, compression[2] * patch[2]),
-    ):
-        if pixels < 0 or pixels % step:
-            one = 1 if key == "frames" else 0
-            nearest = max(step * (1 - one), round(pixels / step) * step) + one
-            raise ConfigError(f"sample.{key}={pixels + one}: nearest that the model can make is {nearest}")
-        sizes.append(pixels // compression[len(sizes)])
-    return channels, sizes[0] + 1, sizes[1], sizes[2]
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    patch: Patch,
-    shape: tuple[int, int, int, int],
-    text: Tensor,
-    negative: Tensor,
-    config: SampleConfig,
-    seed: int,
-    device: torch.device,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Tensor:
-    """One latent [C, T, H, W] for the embeddings `text` [M, E], guided away from `negative`. A function of the seed.
-
-    Both passes of guidance lie side by side in one packed row.
-    """
-    noise = normal(shape, "sample", seed, device=device)
-    grid = patch_grid(shape[1:], patch, device)
-    texts = [text.to(device)] if config.guidance == 1 else [text.to(device), negative.to(device)]
-
-    steps = itertools.count(1)
-
-    def predict(x: list[Tensor], t: float) -> list[Tensor]:
-        progress(next(steps))
-        tokens = patchify(x[0], patch)
-        copies = len(texts)
-        row = pack([tokens] * copies, [grid] * copies, torch.full((copies,), t, device=device), texts)
-        parts = model(row).float().chunk(copies)
-        velocity = parts[0] if copies == 1 else guide(parts[0], parts[1], config.guidance)
-        return [unpatchify(velocity, shape[1:], patch)]
-
-    return euler(predict, [noise], config.steps, config.shift)[0]
-
-
-@torch.no_grad()
-def decode_latent(vae: VideoVAE, latent: Tensor) -> np.ndarray:
-    """[C, T, H, W] -> uint8 [T', H', W', 3]."""
-    return to_pixels(vae.decode_long(latent[None].cpu())[0]).numpy()
-
-
-def write_samples(videos: list[np.ndarray], prompts: list[str], directory: Path, fps: float) -> list[Path]:
-    """An mp4 for each video (one-frame ones too) and contact-sheet.png; returns the files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    files = []
-    for i, video in enumerate(videos):
-        files.append(directory / f"{i:02d}.mp4")
-        encode_mp4(video, fps, files[-1])
-    sheet = directory / "contact-sheet.png"
-    contact_sheet(videos, prompts, sheet)
-    return [*files, sheet]
+    for key, pixels, step in (("height", config.height, h * patch[1]), ("width", config.width, w * patch[2])):
+        if pixels % step:
+            nearest = max(step, round(pixels / step) * step)
+            raise ConfigError(f"sample.{key}={pixels}: nearest that the model can make is {nearest}")
+        sizes.append(pixels // (h if key == "height" else w))
+    T = 1 + (frames - 1) // t
+    if (frames - 1) % t or T % patch[0]:
+        step = t * patch[0]
+        good = [n for n in range(1, frames + 2 * step) if (n - 1) % t == 0 and (1 + (n - 1) // t) % patch[0] == 0]
+        nearest = min(good, key=lambda n: abs(n - frames))
+        raise ConfigError(f"sample.{length}={frames}: nearest that the model can make is {nearest}")
+    return channels, T, sizes[0], sizes[1]

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
@@ -21,16 +20,17 @@ from megasora.build import build_engine, build_loader, build_recipe, check_fit, 
 from megasora.checkpoint.save import prune, save
 from megasora.cluster.signals import StopRequest, stop_on_signal
 from megasora.config import Config, Stage, to_dict
-from megasora.encoders import open_encoders, open_facts
+from megasora.encoders import open_facts
 from megasora.engines.optim import learning_rate
 from megasora.errors import StoppedEarly
-from megasora.microbatch import Recipe, build_microbatch, squared_error
+from megasora.evaluation import evaluation_loss, evaluation_videos
+from megasora.microbatch import Recipe, build_microbatch, training_loss
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.parallel.mesh import Processes, processes
+from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start
-from megasora.sampling import decode_latent, generate, latent_shape, write_samples
 
 MAX_SKIPPED = 20  # steps in a row, before a run that learns nothing is ended
 
@@ -102,14 +102,15 @@ class Trainer:
             if stopping and self.step < self.last:
                 why = self.stop.signal or "a signal to another process"
                 raise StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command goes on from there")
-            every = self.config.sample.every
-            if every and (self.step % every == 0 or self.step == self.last):
+            if self.due(self.config.eval.loss_every):
+                self.evaluate(stage)
+            if self.due(self.config.eval.every):
                 self.show()
 
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
         rows = [build_microbatch(samples, recipe) for samples in batch.rows]
-        loss = self.engine.forward_backward(rows, squared_error).item()
+        loss = self.engine.forward_backward(rows, training_loss(recipe)).item()
         grad_norm = self.engine.clip().item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.engine.update(lr)
@@ -187,27 +188,29 @@ class Trainer:
         self.event("save", step=self.step, path=str(path), seconds=round(seconds, 3))
         log.info("saved %s in %.1f s", path, seconds)
 
-    def show(self) -> None:
-        """Videos of the averaged weights for the config's prompts: all ranks compute, the main one writes."""
-        config = self.config.sample
-        if not config.prompts:
-            return
-        vae, text = open_encoders(self.config.encode, Path(self.config.data.path))
-        patch = self.config.model.patch
-        shape = latent_shape(config, self.latents.channels, self.latents.compression, patch)
-        *embeddings, negative = text.encode([*config.prompts, config.negative])
-        with self.engine.averaged():
-            latents = [
-                generate(self.engine.model, patch, shape, e, negative, config, config.seed + i, self.group.device)
-                for i, e in enumerate(embeddings)
-            ]
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps, and after the last, is due now."""
+        return bool(every) and (self.step % every == 0 or self.step == self.last)
+
+    def evaluate(self, stage: Stage) -> None:
+        """The loss of fixed samples at fixed timesteps."""
+        losses = evaluation_loss(self.config, self.group, self.engine, self.shards, self.latents, stage)
+        self.event("eval", step=self.step, **losses)
         if self.journal:
-            videos: list[np.ndarray] = [decode_latent(vae, latent) for latent in latents]
-            directory = self.run_dir / "samples" / f"step-{self.step:08d}"
-            write_samples(videos, list(config.prompts), directory, config.fps)
-            for i, (video, prompt) in enumerate(zip(videos, config.prompts, strict=True)):
-                self.journal.video(f"samples/{i:02d}", video, config.fps, self.step)
-                self.journal.text(f"samples/{i:02d}", prompt, self.step)
+            self.journal.evaluation(losses, self.step)
+        log.info("eval after step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+
+    def show(self) -> None:
+        """Videos of the averaged weights for fixed prompts: all ranks compute, the main one writes."""
+        videos = evaluation_videos(self.config, self.group, self.engine)
+        if self.journal and videos:
+            directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
+            previews = []
+            for i, (caption, video) in enumerate(videos):
+                previews.append(write_video([video], self.config.sample, directory / f"{i:02d}.mp4"))
+                self.journal.video(f"samples/{i:02d}", video, fps, self.step)
+                self.journal.text(f"samples/{i:02d}", caption, self.step)
+            write_sheet(previews, [caption for caption, _ in videos], directory)
             log.info("samples in %s", directory)
 
     def event(self, kind: str, **facts: Any) -> None:

@@ -2,10 +2,14 @@
 precision it leaves dark spots late in training."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megasora.models.attention import Attention
+from megasora.models.packing import Segments
 
 
 def timestep_embedding(timestep: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -22,11 +26,7 @@ def rotary_angles(grid: Tensor, head_width: int, theta: float = 10_000.0) -> Ten
     Height and width take 2·(K//6) channels each and time the rest, as in Wan.
     """
     spatial = 2 * (head_width // 6)
-    angles = []
-    for axis, channels in enumerate((head_width - 2 * spatial, spatial, spatial)):
-        steps = torch.arange(0, channels, 2, device=grid.device, dtype=torch.float32)
-        angles.append(grid[:, axis, None].float() * theta ** (-steps / channels))
-    return torch.cat(angles, dim=-1)
+    return axial_angles(grid, (head_width - 2 * spatial, spatial, spatial), theta)
 
 
 def sincos_embedding(grid: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -71,3 +71,61 @@ class MLP(nn.Sequential):
 
     def __init__(self, width_in: int, hidden: int, width_out: int, activation: nn.Module) -> None:
         super().__init__(nn.Linear(width_in, hidden), activation, nn.Linear(hidden, width_out))
+
+
+class Modulation(nn.Linear):
+    """SiLU and a linear layer from a condition to `parts` modulations, in fp32 whatever the type of its weights."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(width, parts * width)
+        self.parts = parts
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """condition [S, D] -> `parts` times [S, D] fp32."""
+        with torch.autocast(condition.device.type, enabled=False):
+            y = F.linear(F.silu(condition.float()), self.weight.float(), self.bias.float())  # [S, parts · D]
+        return y.unflatten(-1, (self.parts, -1)).unbind(1)
+
+
+def axial_angles(grid: Tensor, axes: Sequence[int], theta: float = 10_000.0) -> Tensor:
+    """[L, 3] coordinates -> [L, sum(axes)/2] angles, fp32: RoPE with `axes` channels for time, row and column."""
+    angles = []
+    for axis, channels in enumerate(axes):
+        steps = torch.arange(0, channels, 2, device=grid.device, dtype=torch.float32)
+        angles.append(grid[:, axis, None].float() * theta ** (-steps / channels))
+    return torch.cat(angles, dim=-1)
+
+
+def sincos_axis(position: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """[L] -> [L, width] fp32: sines, then cosines, of one coordinate (Vaswani et al. 2017, as MAE, DiT and Latte lay it out)."""
+    steps = torch.arange(width // 2, device=position.device) / (width // 2)
+    angles = position.float()[:, None] * max_period**-steps  # [L, width/2]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention as in Vaswani et al. 2017 and ViT; self- or cross-attention by what is passed as context."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, context: Tensor, queries: Segments, keys: Segments, attention: Attention) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1))  # [L, N, K]
+        k = self.k(context).unflatten(-1, (self.heads, -1))  # [M, N, K]
+        v = self.v(context).unflatten(-1, (self.heads, -1))  # [M, N, K]
+        return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
+
+
+def join(x: Tensor, of_x: Segments, y: Tensor, of_y: Segments) -> tuple[Tensor, Segments]:
+    """x [L, D] and y [M, D] -> [L + M, D]: each segment of x, then the same sample's of y, and the segments that they make."""
+    pairs = zip(x.split(of_x.lengths), y.split(of_y.lengths), strict=True)
+    lengths = tuple(a + b for a, b in zip(of_x.lengths, of_y.lengths, strict=True))
+    return torch.cat([part for pair in pairs for part in pair]), Segments(lengths, x.device)
+
+
+def first_part(joint: Tensor, of_x: Segments, of_y: Segments) -> Tensor:
+    """[L + M, D] -> [L, D]: the x of `join`."""
+    lengths = [length for pair in zip(of_x.lengths, of_y.lengths, strict=True) for length in pair]
+    return torch.cat(joint.split(lengths)[::2])

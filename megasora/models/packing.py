@@ -1,7 +1,8 @@
 """Packed rows: samples of any shape side by side in one sequence, as NaViT does for images (Dehghani et al., 2023).
 
 Shapes, here and in every model: B batch, C channels, T H W latent frames, height, width, L tokens of a row, S samples of a
-row, M text tokens of a row, N heads, K head width, D model width, P values of a patch (C·pt·ph·pw).
+row, R runs of a row (neighbouring tokens with one timestep), M text tokens of a row, E their width, V width of the pooled
+text, N heads, K head width, D model width, P values of a patch (C·pt·ph·pw). A batch of equal shapes is a row like any other.
 """
 
 from collections.abc import Sequence
@@ -14,28 +15,34 @@ from einops import rearrange
 from torch import Tensor
 
 Patch = tuple[int, int, int]
+Shape = tuple[int, int, int]  # T, H, W
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Which tokens of a row belong to which sample. Lengths stay on the host, so that nothing waits for the device."""
+    """Which tokens of a row belong together. Lengths stay on the host, so that nothing waits for the device."""
 
     lengths: tuple[int, ...]
     device: torch.device
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """First token of each sample, and the end: S + 1 numbers."""
+        """First token of each segment, and the end."""
         return (0, *accumulate(self.lengths))
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """`offsets` as the int32 [S + 1] tensor that variable-length attention kernels take."""
+        """`offsets` as the int32 tensor that variable-length attention kernels take."""
         return torch.tensor(self.offsets, dtype=torch.int32, device=self.device)
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First token of each segment."""
+        return self.offsets[:-1]
+
     @cached_property
-    def sample(self) -> Tensor:
-        """[L] int64: the sample of each token."""
+    def index(self) -> Tensor:
+        """[L] int64: the segment of each token."""
         lengths = torch.tensor(self.lengths, device=self.device)
         return torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths, output_size=self.total)
 
@@ -45,15 +52,52 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The stretch of keys that each query segment sees. Unlike `Segments` they may overlap."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample before it is packed."""
+
+    patches: Tensor  # [L, P]
+    shape: Shape  # in patches
+    timesteps: Tensor  # [T] fp32 on the CPU, one a frame of patches: 0 is data (a given frame), 1 is noise
+    text: Tensor  # [M, E]
+    pooled: Tensor  # [V], empty where the model wants none
+    fps: float = 24.0
+    label: int = -1  # class, for models that are conditioned on one; -1: none
+    first_frame: int = 0  # where on the time axis the sample begins, in patches
+
+
+@dataclass(frozen=True)
 class PackedRow:
     """One model input. Padding, where there is any, is the last sample: its own segment, without text, at timestep 0."""
 
     tokens: Tensor  # [L, P] noisy patches
     grid: Tensor  # [L, 3] latent frame, row and column of each patch, in patches
-    video: Segments  # of `tokens`
-    timestep: Tensor  # [S] fp32 in [0, 1]: 0 is data, 1 is noise
+    video: Segments  # of `tokens`: the samples
+    shapes: tuple[Shape, ...]  # of the samples, in patches; padding is one row of patches
+    timestep: Tensor  # [R] fp32 in [0, 1]
+    runs: Segments  # of `tokens`: neighbours with one timestep, each within one sample
     text: Tensor  # [M, E] text embeddings
     caption: Segments  # of `text`
+    pooled: Tensor  # [S, V]
+    fps: Tensor  # [S] fp32
+    label: Tensor  # [S] int64, -1 for none
+
+    @cached_property
+    def frames(self) -> Segments:
+        """The tokens of one frame of one sample, side by side."""
+        return Segments(tuple(H * W for T, H, W in self.shapes for _ in range(T)), self.tokens.device)
+
+    @cached_property
+    def run_sample(self) -> Tensor:
+        """[R] int64: the sample of each run."""
+        return self.video.index[torch.tensor(self.runs.starts, device=self.tokens.device)]
 
 
 def patchify(latent: Tensor, patch: Patch) -> Tensor:
@@ -71,38 +115,68 @@ def unpatchify(tokens: Tensor, shape: Sequence[int], patch: Patch) -> Tensor:
     )
 
 
-def patch_grid(shape: Sequence[int], patch: Patch, device: torch.device) -> Tensor:
-    """[L, 3] int64 coordinates, in patches, of the tokens that `patchify` makes of a (T, H, W) latent."""
-    axes = [torch.arange(size // step, device=device) for size, step in zip(shape, patch, strict=True)]
+def in_patches(shape: Sequence[int], patch: Patch) -> Shape:
+    """(T, H, W) of a latent -> the same in patches. Raises ValueError when a patch does not divide it."""
+    if any(size % step for size, step in zip(shape, patch, strict=True)):
+        raise ValueError(f"patches of {list(patch)} do not divide a latent of {list(shape)}")
+    T, H, W = (size // step for size, step in zip(shape, patch, strict=True))
+    return T, H, W
+
+
+def patch_grid(shape: Shape, device: torch.device, first_frame: int = 0) -> Tensor:
+    """[L, 3] int64 coordinates of the tokens of a sample of (T, H, W) patches, whose frames begin at `first_frame`."""
+    T, H, W = shape
+    axes = [torch.arange(n, device=device) for n in (T, H, W)]
+    axes[0] = axes[0] + first_frame
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
-def pack(
-    patches: Sequence[Tensor],
-    grids: Sequence[Tensor],
-    timesteps: Tensor,
-    texts: Sequence[Tensor],
-    capacity: int | None = None,
-) -> PackedRow:
-    """Puts samples side by side: patches [L_i, P], grids [L_i, 3], timesteps [S], texts [M_i, E].
+def pack(items: Sequence[Item], capacity: int | None = None) -> PackedRow:
+    """Puts samples side by side. With a `capacity`, the row is padded to so many tokens.
 
-    With a `capacity`, the row is padded to so many tokens. Raises ValueError when the samples do not fit.
+    Raises ValueError when the samples do not fit.
     """
-    device = timesteps.device
-    lengths, captions = [len(p) for p in patches], [len(t) for t in texts]
-    padding = 0 if capacity is None else capacity - sum(lengths)
+    first = items[0]
+    device = first.patches.device
+    padding = 0 if capacity is None else capacity - sum(len(item.patches) for item in items)
     if padding < 0:
-        raise ValueError(f"{sum(lengths)} tokens do not fit a row of {capacity}")
+        raise ValueError(f"{sum(len(item.patches) for item in items)} tokens do not fit a row of {capacity}")
+    grids = [patch_grid(item.shape, device, item.first_frame) for item in items]
     if padding:
-        patches = [*patches, patches[0].new_zeros(padding, patches[0].shape[1])]
-        grids = [*grids, grids[0].new_zeros(padding, 3)]
-        timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])
-        lengths, captions = [*lengths, padding], [*captions, 0]
+        patches = first.patches.new_zeros(padding, first.patches.shape[1])
+        pad = Item(patches, (1, 1, padding), torch.zeros(1), first.text[:0], torch.zeros_like(first.pooled))
+        items = [*items, pad]
+        grids.append(grids[0].new_zeros(padding, 3))
+    timesteps, lengths = [], []
+    for item in items:
+        values, counts = torch.unique_consecutive(item.timesteps, return_counts=True)
+        timesteps.append(values)
+        lengths += [frames * item.shape[1] * item.shape[2] for frames in counts.tolist()]
     return PackedRow(
-        tokens=torch.cat(list(patches)),
-        grid=torch.cat(list(grids)),
-        video=Segments(tuple(lengths), device),
-        timestep=timesteps,
-        text=torch.cat(list(texts)),
-        caption=Segments(tuple(captions), device),
+        tokens=torch.cat([item.patches for item in items]),
+        grid=torch.cat(grids),
+        video=Segments(tuple(len(item.patches) for item in items), device),
+        shapes=tuple(item.shape for item in items),
+        timestep=torch.cat(timesteps).to(device),
+        runs=Segments(tuple(lengths), device),
+        text=torch.cat([item.text for item in items]),
+        caption=Segments(tuple(len(item.text) for item in items), device),
+        pooled=torch.stack([item.pooled for item in items]),
+        fps=torch.tensor([item.fps for item in items], device=device),
+        label=torch.tensor([item.label for item in items], device=device),
     )
+
+
+def chunk_windows(shapes: Sequence[Shape], chunk: int, window: int, device: torch.device) -> tuple[Segments, Windows]:
+    """Block-causal attention over chunks of `chunk` frames: the queries of each chunk, and the keys that it sees: its own
+    sample's, from `window` chunks before it (0: from the first) up to its own end."""
+    lengths, starts, widths, begin = [], [], [], 0
+    for T, H, W in shapes:
+        for frame in range(0, T, chunk):
+            end = min(frame + chunk, T)
+            seen = max(0, frame - window * chunk) if window else 0
+            lengths.append((end - frame) * H * W)
+            starts.append(begin + seen * H * W)
+            widths.append((end - seen) * H * W)
+        begin += T * H * W
+    return Segments(tuple(lengths), device), Windows(tuple(starts), tuple(widths))

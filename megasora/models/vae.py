@@ -47,6 +47,14 @@ class VAEConfig:
         return t, s, s
 
 
+# Channels of the larger blocks as in Wan 2.2 (4 x 16 x 16, 48) and LTX-Video (8 x 32 x 32, 128; for long HD).
+VAE_PRESETS: dict[str, VAEConfig] = {
+    "4x8x8": VAEConfig(),
+    "4x16x16": VAEConfig(strides=((2, 2), (2, 2)), latent_channels=48),
+    "8x32x32": VAEConfig(multipliers=(2, 4, 4, 4), strides=((2, 2), (2, 2), (2, 2)), latent_channels=128),
+}
+
+
 class RMSNorm(nn.RMSNorm):
     """Over the channels of each position."""
 
@@ -201,6 +209,23 @@ def chunks_of(x: Tensor, first: int, following: int) -> Iterator[Tensor]:
         yield x[:, :, begin : begin + following]
 
 
+def check_size(video: Tensor, compression: tuple[int, int, int], first: bool = True) -> None:
+    """Raises ValueError unless [B, 3, T, H, W] is whole blocks; the `first` chunk of a stream has a frame alone before them."""
+    t, s, _ = compression
+    _, _, T, H, W = video.shape
+    if (T - first) % t or H % s or W % s:
+        raise ValueError(f"{T} frames of {H}x{W}: wanted are {'1 + ' * first}a multiple of {t}, of multiples of {s}")
+
+
+def digest(header: str, state: dict[str, Tensor]) -> str:
+    """A fingerprint of weights and of what says how to use them."""
+    hashed = xxhash.xxh3_64(header.encode())
+    for name, tensor in sorted(state.items()):
+        hashed.update(name.encode())
+        hashed.update(tensor.contiguous().cpu().numpy().data)
+    return hashed.hexdigest()
+
+
 class VideoVAE(nn.Module):
     """Videos [B, 3, 1 + t·k, H, W] in [-1, 1] to latents [B, C, 1 + k, H/s, W/s] and back.
 
@@ -219,6 +244,14 @@ class VideoVAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def compression(self) -> tuple[int, int, int]:
+        return self.config.compression
+
     @torch.no_grad()
     def _begin_quietly(self) -> None:
         """At first the network adds nothing to the linear transform, and the posterior is narrow."""
@@ -228,7 +261,7 @@ class VideoVAE(nn.Module):
 
     def posterior(self, video: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance as training sees them, before normalisation. Raises ValueError for sizes that do not fit."""
-        self._check(video, first=not cache)
+        check_size(video, self.config.compression, first=not cache)
         moments = self.encoder(rearrange(video, "B C T H W -> B T H W C"), cache)
         mean, logvar = rearrange(moments, "B T H W C -> B C T H W").chunk(2, dim=1)
         return mean, logvar.clamp(-20.0, 10.0)
@@ -275,19 +308,22 @@ class VideoVAE(nn.Module):
         """Sets the linear transform to the leading principal components of the videos' blocks.
 
         They are whitened by half (the square root of their deviation): a diffusion model then cares most for what the eye
-        sees most, and still for the rest.
+        sees most, and still for the rest. Fewer blocks than channels leave the last channels to the network.
         """
         fold = self.encoder.fold_all
         blocks = torch.cat([fold(rearrange(v, "B C T H W -> B T H W C"), None).flatten(0, 3) for v in videos])
         generator_state = torch.get_rng_state()
         torch.manual_seed(0)  # pca_lowrank draws a random start
         mean = blocks.mean(0)
-        _, sizes, axes = torch.pca_lowrank(blocks, self.config.latent_channels, niter=4)
+        rank = min(self.config.latent_channels, *blocks.shape)
+        _, sizes, axes = torch.pca_lowrank(blocks, rank, niter=4)
         torch.set_rng_state(generator_state)
         deviation = (sizes / len(blocks) ** 0.5).clamp(min=1e-4).sqrt()
-        self.encoder.linear.weight.copy_((axes / deviation).T)
-        self.encoder.linear.bias.copy_(-(mean @ axes) / deviation)
-        self.decoder.linear.weight.copy_(axes * deviation)
+        for parameter in (*self.encoder.linear.parameters(), self.decoder.linear.weight):
+            parameter.zero_()
+        self.encoder.linear.weight[:rank] = (axes / deviation).T
+        self.encoder.linear.bias[:rank] = -(mean @ axes) / deviation
+        self.decoder.linear.weight[:, :rank] = axes * deviation
         self.decoder.linear.bias.copy_(mean)
 
     def save(self, directory: Path) -> None:
@@ -307,16 +343,4 @@ class VideoVAE(nn.Module):
 
     def fingerprint(self) -> str:
         """Changes with any weight or the shape: cached latents are tied to it."""
-        digest = xxhash.xxh3_64(repr(self.config).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().cpu().numpy())
-        return digest.hexdigest()
-
-    def _check(self, video: Tensor, first: bool) -> None:
-        t, s, _ = self.config.compression
-        _, _, T, H, W = video.shape
-        if (T - first) % t or H % s or W % s:
-            raise ValueError(
-                f"{T} frames of {H}x{W}: wanted are {'1 + ' * first}a multiple of {t}, of multiples of {s}"
-            )
+        return digest(repr(self.config), self.state_dict())

@@ -1,7 +1,10 @@
 """VideoDiT: full 3-D attention over spacetime patches with text cross-attention, the default family.
 
 DiT's adaLN-zero (Peebles and Xie 2022) and PixArt's shared modulation with a table a block (Chen et al. 2023), laid out as in
-Wan 2.1, whose weights it can hold. A row of packed samples goes in; each sample keeps its own timestep and text.
+Wan 2.1, whose weights it can hold. A row of packed samples goes in; each keeps its own timesteps and text.
+
+With `temporal="chunk_causal"` a frame sees its own chunk of frames and those before, each chunk at its own timestep (Diffusion
+Forcing, Chen et al. 2024; MAGI-1, 2025): next-patch prediction over stretches of video, which rolls out with cached keys.
 """
 
 from dataclasses import dataclass, replace
@@ -12,42 +15,33 @@ from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
+from megasora.models.base import Cache, ModelConfig
 from megasora.models.layers import MLP, LayerNorm, RMSNorm, rotary_angles, rotate, sincos_embedding, timestep_embedding
-from megasora.models.packing import PackedRow, Patch, Segments
+from megasora.models.packing import PackedRow, Segments, Windows, chunk_windows
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoDiTConfig:
-    """Shape of the model. `ffn` is the hidden width of the MLP, `text_width` that of the text encoder's embeddings."""
+class VideoDiTConfig(ModelConfig):
+    """Shape of the model. `ffn` is the hidden width of the MLP; chunks are counted in frames of patches."""
 
-    width: int = 256
-    depth: int = 8
-    heads: int = 4
+    family: Literal["video_dit"] = "video_dit"
     ffn: int = 1024
-    channels: int = 16
-    patch: Patch = (1, 2, 2)
     text_width: int = 128
     position: Literal["rope", "rope+sincos"] = (
         "rope"  # sincos tells small models where a patch is, not only how far apart
     )
+    temporal: Literal["full", "chunk_causal"] = "full"
+    chunk: int = 4  # frames that see each other in chunk_causal
+    window: int = 0  # chunks before its own that a chunk sees; 0: all
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "ffn", "channels", "text_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if min(self.patch) < 1:
-            raise ValueError(f"patch={list(self.patch)}: at least 1 each")
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} heads do not divide width {self.width}")
-        if (self.width // self.heads) % 2:
-            raise ValueError(f"heads: a head of {self.width // self.heads} channels cannot be rotated in pairs")
-
-    @property
-    def patch_values(self) -> int:
-        """P, the numbers in one patch."""
-        pt, ph, pw = self.patch
-        return self.channels * pt * ph * pw
+        super().__post_init__()
+        for name, least in (("ffn", 1), ("text_width", 1), ("chunk", 1), ("window", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+        if self.head_width % 2:
+            raise ValueError(f"heads={self.heads}: a head of {self.head_width} channels cannot be rotated in pairs")
 
 
 WAN_14B = VideoDiTConfig(width=5120, depth=40, heads=40, ffn=13824, text_width=4096)
@@ -55,6 +49,10 @@ PRESETS: dict[str, VideoDiTConfig] = {
     "MegaSora-demo": VideoDiTConfig(depth=4, position="rope+sincos"),
     "MegaSora-10M": VideoDiTConfig(depth=8),
     "MegaSora-100M": VideoDiTConfig(width=768, depth=8, heads=12, ffn=3072, text_width=4096),
+    "MegaSora-1B": replace(WAN_14B, width=1536, depth=24, heads=12, ffn=6144),
+    "MegaSora-3B": replace(WAN_14B, width=2560, depth=26, heads=20, ffn=10240),
+    "MegaSora-8B": replace(WAN_14B, width=4096, depth=36, heads=32, ffn=11008),
+    "MegaSora-30B": replace(WAN_14B, width=7168, depth=44, heads=56, ffn=19456),
     "Wan2.1-1.3B": replace(WAN_14B, width=1536, depth=30, heads=12, ffn=8960),
     "Wan2.1-14B": WAN_14B,
     "Wan2.2-5B": replace(WAN_14B, width=3072, depth=30, heads=24, ffn=14336, channels=48),
@@ -62,7 +60,10 @@ PRESETS: dict[str, VideoDiTConfig] = {
 
 
 class QKNormAttention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys; self- or cross-attention by what is passed as context."""
+    """Multi-head attention with RMS-normalised queries and keys; self- or cross-attention by what is passed as context.
+
+    With a `cache`, this layer's keys and values of the frames before come first, and it remembers those of the row.
+    """
 
     def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -71,13 +72,24 @@ class QKNormAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, queries: Segments, keys: Segments, angles: Tensor | None, attention: Attention
+        self,
+        x: Tensor,
+        context: Tensor,
+        queries: Segments,
+        keys: Segments | Windows,
+        angles: Tensor | None,
+        attention: Attention,
+        cache: Cache | None = None,
     ) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))  # [L, N, K]
         k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))  # [M, N, K]
         v = self.v(context).unflatten(-1, (self.heads, -1))  # [M, N, K]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            if self in cache:
+                k, v = (torch.cat([before, now]) for before, now in zip(cache[self], (k, v), strict=True))
+            cache[self] = k, v
         return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
 
 
@@ -95,16 +107,24 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(6, D))
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, angles: Tensor, row: PackedRow, attention: Attention
+        self,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        angles: Tensor,
+        row: PackedRow,
+        seen: tuple[Segments, Segments | Windows],
+        attention: Attention,
+        cache: Cache | None,
     ) -> Tensor:
-        sample = row.video.sample  # [L]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [S, D]
-        y = layernorm_modulate(x, scale1, shift1, sample, self.eps)  # [L, D]
-        y = self.self_attention(y, y, row.video, row.video, angles, attention)  # [L, D]
-        x = x + (gate1[sample] * y).type_as(x)
+        run = row.runs.index  # [L]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [R, D]
+        y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
+        y = self.self_attention(y, y, *seen, angles, attention, cache)  # [L, D]
+        x = x + (gate1[run] * y).type_as(x)
         x = x + self.cross_attention(self.norm_cross(x), text, row.video, row.caption, None, attention)
-        y = self.mlp(layernorm_modulate(x, scale2, shift2, sample, self.eps))  # [L, D]
-        return x + (gate2[sample] * y).type_as(x)
+        y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
+        return x + (gate2[run] * y).type_as(x)
 
 
 class Head(nn.Module):
@@ -113,22 +133,22 @@ class Head(nn.Module):
     def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.out = nn.Linear(config.width, config.patch_values)
+        self.out = nn.Linear(config.width, config.output_values)
         self.modulation = nn.Parameter(torch.zeros(2, config.width))
 
-    def forward(self, x: Tensor, time: Tensor, sample: Tensor) -> Tensor:
-        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)  # two [S, D]
-        return self.out(layernorm_modulate(x, scale, shift, sample, self.eps))  # [L, P]
+    def forward(self, x: Tensor, time: Tensor, run: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)  # two [R, D]
+        return self.out(layernorm_modulate(x, scale, shift, run, self.eps))  # [L, P]
 
 
 class VideoDiT(nn.Module):
     """Predicts, for every patch of a packed row, what the objective asks for (velocity in rectified flow)."""
 
-    def __init__(self, config: VideoDiTConfig, attention: str = "sdpa") -> None:
+    def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
         D = config.width
         self.config = config
-        self.attention = find_attention(attention)
+        self.attention = find_attention(config.attention)
         self.patch_embed = nn.Linear(config.patch_values, D)
         self.text_embed = MLP(config.text_width, D, D, nn.GELU(approximate="tanh"))
         self.time_embed = MLP(256, D, D, nn.SiLU())
@@ -154,16 +174,34 @@ class VideoDiT(nn.Module):
             elif name.startswith("time_embed.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, row: PackedRow) -> Tensor:
-        """[L, P] noisy patches -> [L, P] prediction."""
+    def forward(self, row: PackedRow, cache: Cache | None = None) -> Tensor:
+        """[L, P] noisy patches -> [L, output_values] prediction.
+
+        With a `cache` (chunk_causal; empty at first) the row is the next stretch of one video, which sees what the cache
+        holds; its own keys and values are added there.
+        """
         x = self.patch_embed(row.tokens)  # [L, D]
         if self.config.position == "rope+sincos":
-            x = x + sincos_embedding(row.grid, self.config.width).type_as(x)
+            x = x + sincos_embedding(self._where(row), self.config.width).type_as(x)
         text = self.text_embed(row.text)  # [M, D]
         with torch.autocast(row.tokens.device.type, enabled=False):
-            time = self.time_embed(timestep_embedding(row.timestep))  # [S, D], fp32
-            modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [S, 6, D], fp32
-            angles = rotary_angles(row.grid, self.config.width // self.config.heads)  # [L, K/2], fp32
+            time = self.time_embed(timestep_embedding(row.timestep))  # [R, D], fp32
+            modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
+            angles = rotary_angles(row.grid, self.config.head_width)  # [L, K/2], fp32
+        seen = self._seen(row, cache)
         for block in self.blocks:
-            x = block(x, text, modulation, angles, row, self.attention)  # [L, D]
-        return self.head(x, time, row.video.sample)  # [L, P]
+            x = block(x, text, modulation, angles, row, seen, self.attention, cache)  # [L, D]
+        return self.head(x, time, row.runs.index)  # [L, output_values]
+
+    def _where(self, row: PackedRow) -> Tensor:
+        """[L, 3] coordinates for sincos. A chunk-causal video has no end: there only row and column are absolute."""
+        return row.grid if self.config.temporal == "full" else row.grid * row.grid.new_tensor([0, 1, 1])
+
+    def _seen(self, row: PackedRow, cache: Cache | None) -> tuple[Segments, Segments | Windows]:
+        """The queries of self-attention and the keys that they see."""
+        if self.config.temporal == "full":
+            return row.video, row.video
+        if cache is None:
+            return chunk_windows(row.shapes, self.config.chunk, self.config.window, row.tokens.device)
+        known = next((len(keys) for keys, _ in cache.values()), 0)
+        return row.video, Windows((0,), (known + row.video.total,))

@@ -108,6 +108,12 @@ class Journal:
             for bucket, samples in metrics.bucket.items():
                 self.board.add_scalar(f"data/bucket_{bucket}", samples, metrics.step)
 
+    def evaluation(self, values: dict[str, float], step: int) -> None:
+        """Points of the curves under eval/."""
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"eval/{name}", value, step)
+
     def video(self, tag: str, frames: Any, fps: float, step: int) -> None:
         """A sample, uint8 [T, H, W, 3], as an animated image."""
         if self.board:

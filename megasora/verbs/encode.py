@@ -21,11 +21,15 @@ from data_pipelines.latent_shards import Encoders, encode_shards, write_whole
 from data_pipelines.shards import ShardSet
 from megasora.cli import add_config_argument
 from megasora.config import Config, load_config
-from megasora.encoders import from_pixels, make_manifest, open_vae, save_null_text, text_directory
+from megasora.encoders import from_pixels, make_manifest, save_null_text, text_directory
+from megasora.models.first_stage import open_first_stage
 from megasora.models.text import SmallTextEncoder, TextEncoder, load_text_encoder
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import rank, world_size
+
+
+TEXT_WIDTH = 128  # of the small encoder, where the model takes no text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 def encode(config: Config) -> dict[str, dict[str, int]]:
     """Encodes this process's share of the shards (all of them, when it is alone); returns the report."""
     source, output = ShardSet.open(Path(config.encode.input)), Path(config.encode.output)
-    vae = open_vae(config.encode)
+    vae = open_first_stage(config.encode.vae)
     text = open_text(config, source, output)
 
     @torch.no_grad()
@@ -53,20 +57,21 @@ def encode(config: Config) -> dict[str, dict[str, int]]:
         mean, logvar = vae.encode_long(from_pixels(torch.from_numpy(frames))[None])
         return mean[0], logvar[0]
 
-    def encode_text(caption: str) -> Tensor:
-        return text.encode([caption])[0]
+    def encode_text(caption: str) -> tuple[Tensor, Tensor]:
+        encoded = text.encode([caption])[0]
+        return encoded.tokens, encoded.pooled
 
     encoders = Encoders(
         video=encode_video,
         text=encode_text,
-        temporal_compression=vae.config.compression[0],
+        temporal_compression=vae.compression[0],
         dtype=getattr(torch, config.encode.latent_dtype),
         manifest=make_manifest(vae, text, config.encode.latent_dtype),
     )
     buckets = merge(stage.buckets for stage in config.stages)
     with Progress("encode") as progress:
         report = encode_shards(source, output, buckets, encoders, progress, worker=rank(), workers=world_size())
-    save_null_text(output, encode_text(""))
+    save_null_text(output, text.encode([""])[0])
     write_whole(output / "report.json", json.dumps(report, indent=1))
     return report
 
@@ -74,12 +79,12 @@ def encode(config: Config) -> dict[str, dict[str, int]]:
 def open_text(config: Config, source: ShardSet, output: Path) -> TextEncoder:
     """The text encoder of encode.text; where none is named, the small one, made from the captions beside the latents."""
     directory = text_directory(config.encode, output)
-    if not config.encode.text and not (directory / "config.json").exists():
+    if not config.encode.text and not (Path(directory) / "config.json").exists():
         captions = sorted(set(readable_captions(source)))
         if not captions:
             raise DataError(f"{source.directory}: no readable sample with a caption")
         log.info("making a small text encoder from %d captions", len(captions))
-        SmallTextEncoder.create(captions, config.model.text_width).save(directory)
+        SmallTextEncoder.create(captions, config.model.text_width or TEXT_WIDTH).save(Path(directory))
     return load_text_encoder(directory)
 
 

@@ -5,27 +5,32 @@ example:
 """
 
 import argparse
+import itertools
 import json
+import math
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from megasora.build import find_objective
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.cli import add_config_argument
-from megasora.config import Config, SampleConfig, load_config
-from megasora.encoders import open_encoders, open_facts
+from megasora.config import Config, load_config
+from megasora.encoders import open_encoders
 from megasora.errors import CheckpointError, ConfigError
-from megasora.models.video_dit import VideoDiT
+from megasora.models.families import build_model, chunk_of
+from megasora.models.first_stage import FirstStage
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import pick_device
-from megasora.sampling import decode_latent, generate, latent_shape, write_samples
+from megasora.rendering import first_shape, make_prompts, render, write_sheet, write_video
+from megasora.sampling import Generator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "sample", "run", "data", "encode", "model")
+    add_config_argument(parser, "sample", "run", "data", "encode", "model", "objective")
     parser.add_argument("--json", action="store_true", help="print the files as one JSON object")
 
 
@@ -42,29 +47,42 @@ def run(args: argparse.Namespace) -> None:
 def sample(config: Config) -> list[Path]:
     """Writes the samples of config.sample; returns their files."""
     wanted = config.sample
-    if not wanted.prompts:
-        raise ConfigError('sample.prompts=[]: give at least one, as in --sample.prompts=["a rabbit in a meadow"]')
+    objective = find_objective(config)
+    if objective is None:
+        raise ConfigError(f"model.family={config.model.family}: a classifier makes no videos")
     latents = Path(config.data.path)
-    facts = open_facts(latents)
-    shape = latent_shape(wanted, facts.channels, facts.compression, config.model.patch)
-    vae, text = open_encoders(config.encode, latents)
+    stage, text = open_encoders(config.encode, latents)
+    prompts = make_prompts(wanted, text)
     device = pick_device()
-    model, step = load_generator(config, device)
-    *embeddings, negative = text.encode([*wanted.prompts, wanted.negative])
-    videos, begin = [], time.perf_counter()
     with Progress("sample") as progress:
-        for i, embedding in enumerate(embeddings):
-            tick = partial(_tick, progress, i, len(embeddings), wanted)
-            latent = generate(
-                model, config.model.patch, shape, embedding, negative, wanted, wanted.seed + i, device, tick
-            )
-            videos.append(decode_latent(vae, latent))
-    log.info("%d videos of %d frames in %.1f s", len(videos), len(videos[0]), time.perf_counter() - begin)
-    directory = Path(wanted.output) if wanted.output else Path(config.run.dir) / "samples" / f"step-{step:08d}"
-    return write_samples(videos, list(wanted.prompts), directory, wanted.fps)
+        ticks = itertools.count(1)
+        generator = Generator(
+            nn.Identity(), config.model, objective, config.objective, wanted, device,
+            lambda: progress(next(ticks), predictions(config, stage) * len(prompts), "predictions"),
+        )  # fmt: skip
+        first_shape(generator, stage)  # refuses sizes before weights are read
+        generator.model, step = load_model(config, device)
+        directory = Path(wanted.output) if wanted.output else Path(config.run.dir) / "samples" / f"step-{step:08d}"
+        previews, files, begin = [], [], time.perf_counter()
+        for i, (_, prompt) in enumerate(prompts):
+            files.append(directory / f"{i:02d}.mp4")
+            previews.append(write_video(render(generator, stage, prompt), wanted, files[-1]))
+    log.info("%d videos of %d frames in %.1f s", len(files), wanted.frames, time.perf_counter() - begin)
+    return [*files, write_sheet(previews, [caption for caption, _ in prompts], directory)]
 
 
-def load_generator(config: Config, device: torch.device) -> tuple[VideoDiT, int]:
+def predictions(config: Config, stage: FirstStage) -> int:
+    """How often the model is asked for one video, about: Heun's steps ask twice."""
+    wanted, chunk = config.sample, chunk_of(config.model)
+    stretches = 1
+    if chunk:
+        stretches = math.ceil(wanted.frames / (stage.compression[0] * chunk * config.model.patch[0]))
+    elif 0 < wanted.window < wanted.frames:
+        stretches = math.ceil((wanted.frames - wanted.overlap) / (wanted.window - wanted.overlap))
+    return stretches * wanted.steps * (2 if wanted.sampler == "heun" else 1)
+
+
+def load_model(config: Config, device: torch.device) -> tuple[nn.Module, int]:
     """The model with the weights of sample.checkpoint, and the step that they are from."""
     root = Path(config.run.dir) / "checkpoints"
     named = config.sample.checkpoint
@@ -72,12 +90,9 @@ def load_generator(config: Config, device: torch.device) -> tuple[VideoDiT, int]
     if path is None:
         raise CheckpointError(f"{root}: no checkpoint; train first, or give sample.checkpoint=PATH")
     with torch.device("meta"):
-        model = VideoDiT(config.model, config.model.attention)
+        model = build_model(config.model)
     model.to_empty(device=device)
     prefix = f"{config.sample.weights}/"
     load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix)
     return model.eval(), int(read_facts(path)["step"])
 
-
-def _tick(progress: Progress, video: int, videos: int, wanted: SampleConfig, step: int) -> None:
-    progress(video * wanted.steps + step, videos * wanted.steps, wanted.prompts[video])

@@ -1,4 +1,5 @@
-"""Trains the causal video VAE on the shards: reconstruction and KL, images and clips mixed. Writes it to encode.vae.
+"""Trains the causal video VAE on the shards: reconstruction and KL, where asked for LPIPS and a GAN, images and clips mixed.
+Writes it to encode.vae.
 
 example:
   megasora train-vae --config configs/demo.yaml --train_vae.steps=1000 --encode.vae=data/vae
@@ -20,10 +21,12 @@ from data_pipelines.order import epochs
 from data_pipelines.shards import ShardSet
 from data_pipelines.video import Undecodable, decode
 from megasora.cli import add_config_argument
-from megasora.config import load_config
+from megasora.config import Config, load_config
+from megasora.errors import ConfigError
 from megasora.models.vae import VideoVAE
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
+from megasora.parallel.mesh import pick_device
 from megasora.seeding import fold
 from megasora.vae_training import train_vae
 
@@ -36,20 +39,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank=0)
-    clips = RandomCrops(ShardSet.open(Path(config.encode.input)), config.train_vae.size, config.train_vae.seed)
-    torch.manual_seed(fold(config.train_vae.seed, "vae"))
-    vae = VideoVAE(config.vae)
+    check_crops(config)
+    wanted = config.train_vae
+    clips = RandomCrops(ShardSet.open(Path(config.encode.input)), wanted.size, wanted.seed)
+    held_out = (
+        RandomCrops(ShardSet.open(Path(wanted.eval_input)), wanted.size, wanted.seed) if wanted.eval_input else clips
+    )
+    if not wanted.lpips:
+        log.info("train_vae.lpips is empty: the perceptual loss is off (no weights of LPIPS come with this package)")
+    torch.manual_seed(fold(wanted.seed, "vae"))
+    vae = VideoVAE(config.vae).to(pick_device())
     with Progress("train-vae") as progress:
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            progress(step, config.train_vae.steps, ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+            line = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+            progress(step, wanted.steps, line)
+            if wanted.eval_every and step % wanted.eval_every == 0:
+                log.info("step %d: %s", step, line)
 
-        metrics = train_vae(vae, clips, config.train_vae, report)
+        metrics = train_vae(vae, clips, wanted, report, held_out)
     vae.save(Path(config.encode.vae))
     if args.json:
         print(json.dumps(metrics))
     skipped = f", {len(clips.bad)} unreadable samples skipped" if clips.bad else ""
     log.info("%s%s -> %s", {name: round(value, 3) for name, value in metrics.items()}, skipped, config.encode.vae)
+
+
+def check_crops(config: Config) -> None:
+    """Raises ConfigError unless the crops are whole blocks of the VAE."""
+    t, s, _ = config.vae.compression
+    frames, size = config.train_vae.frames, config.train_vae.size
+    if (frames - 1) % t:
+        near = 1 + t * max(1, round((frames - 1) / t))
+        raise ConfigError(f"train_vae.frames={frames}: this VAE takes 1 + a multiple of {t}; the nearest is {near}")
+    if size % s:
+        raise ConfigError(
+            f"train_vae.size={size}: this VAE takes multiples of {s}; the nearest is {s * max(1, round(size / s))}"
+        )
 
 
 class RandomCrops:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from megasora.engines.optim import OptimConfig
 from megasora.engines.torch_native import EngineConfig, TorchNative
-from megasora.models.packing import PackedRow, pack, patch_grid, patchify
+from megasora.models.packing import Item, PackedRow, in_patches, pack, patchify
 from megasora.models.video_dit import VideoDiT, VideoDiTConfig
 from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import AXES, Processes
@@ -27,16 +27,16 @@ SHAPES = [(1, 4, 4), (3, 2, 6), (2, 4, 2), (1, 6, 6)]
 
 def row_of(samples: list[int]) -> tuple[PackedRow, Tensor, Tensor]:
     """A row, its target [L, P] and weights [L]."""
-    patches, grids, texts, targets, weights = [], [], [], [], []
+    items, targets, weights = [], [], []
     for i in samples:
         generator = torch.Generator().manual_seed(i)
-        patches.append(patchify(torch.randn(4, *SHAPES[i], generator=generator), CONFIG.patch))
-        grids.append(patch_grid(SHAPES[i], CONFIG.patch, torch.device("cpu")))
-        texts.append(torch.randn(3 + i, 24, generator=generator))
-        targets.append(torch.randn(patches[-1].shape, generator=generator))
+        patches = patchify(torch.randn(4, *SHAPES[i], generator=generator), CONFIG.patch)
+        shape = in_patches(SHAPES[i], CONFIG.patch)
+        text = torch.randn(3 + i, 24, generator=generator)
+        items.append(Item(patches, shape, torch.full((shape[0],), 0.2 + 0.15 * i), text, torch.zeros(0)))
+        targets.append(torch.randn(patches.shape, generator=generator))
         weights.append(torch.full((len(targets[-1]),), 1 / (len(targets[-1]) * len(SHAPES))))
-    times = torch.tensor([0.2 + 0.15 * i for i in samples])
-    row = pack(patches, grids, times, texts, CAPACITY * len(samples))
+    row = pack(items, CAPACITY * len(samples))
     padding = row.video.total - sum(map(len, targets))
     target = nn.functional.pad(torch.cat(targets), (0, 0, 0, padding))
     return row, target, nn.functional.pad(torch.cat(weights), (0, padding))

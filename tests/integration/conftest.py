@@ -94,7 +94,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
 def straight(road: Road) -> Path:
     """The 40 steps of the config, undisturbed, on one process."""
     run = road.directory / "straight"
-    road.run("train", f"--run.dir={run}", "--sample.every=40")
+    road.run("train", f"--run.dir={run}", "--eval.every=40")
     return run
 
 

@@ -60,7 +60,7 @@ def test_killed_and_resumed_is_identical_bit_for_bit(
         road.run("train", f"--run.dir={reference}", nproc=2)
     run = road.directory / f"killed{nproc}"
     # Samples are drawn on the way, which must change nothing.
-    process = road.start("train", f"--run.dir={run}", "--sample.every=6", nproc=nproc)
+    process = road.start("train", f"--run.dir={run}", "--eval.every=6", nproc=nproc)
     wait_for_step(run, 27, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

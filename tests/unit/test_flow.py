@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from megasora.diffusion.flow import FlowConfig, draw_timestep, euler, guide, interpolate, shift_timestep, velocity
+from megasora.diffusion.flow import Flow, FlowConfig, draw_timestep, interpolate, shift_timestep, size_shift, velocity
+from megasora.diffusion.gaussian import Gaussian, GaussianConfig
+from megasora.diffusion.objective import Objective, build_objective
 
 
 def test_path_and_velocity() -> None:
@@ -30,37 +32,42 @@ def test_timesteps_are_logit_normal_and_shifted() -> None:
     assert shift_timestep(torch.tensor(0.25), 3.0).item() == pytest.approx(0.5)
 
 
-def test_euler_reaches_a_gaussian_exactly_known() -> None:
-    # For data N(m, s²) and noise N(0, 1), x_t ~ N((1-t)m, (1-t)²s² + t²) and the best velocity is known; its flow maps
-    # noise z to m + s·z.
-    m, s = 2.0, 0.5
-
-    def predict(x: list[torch.Tensor], t: float) -> list[torch.Tensor]:
-        variance = (1 - t) ** 2 * s**2 + t**2
-        gain = (t - (1 - t) * s**2) / variance
-        return [gain * (x[0] - (1 - t) * m) - m]
-
-    z = torch.linspace(-2, 2, 9)
-    (x,) = euler(predict, [z], steps=400, shift=1.0)
-    assert torch.allclose(x, m + s * z, atol=0.01)
-    (coarse,) = euler(predict, [z], steps=3, shift=1.0)
-    assert not torch.allclose(coarse, m + s * z, atol=0.01)
+def test_objective_is_the_flow_bit_by_bit() -> None:
+    objective: Objective = Flow(FlowConfig(logit_mean=0.2, logit_std=0.7))
+    z = torch.randn(64)
+    t = torch.sigmoid(0.2 + 0.7 * z)
+    assert torch.equal(objective.draw(z, 2.5), 2.5 * t / (1 + (2.5 - 1) * t))
+    data, noise, prediction = torch.randn(64, 6), torch.randn(64, 6), torch.randn(64, 6).bfloat16()
+    noisy = objective.corrupt(data, noise, t[:, None])
+    assert torch.equal(noisy, (1 - t[:, None]) * data + t[:, None] * noise)
+    loss = objective.loss(prediction, data, noise, noisy, t[:, None])
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, (prediction.float() - (noise - data)).square().mean(-1))
+    assert objective.outputs == 1
 
 
-def test_guidance() -> None:
-    a, b = torch.tensor([1.0]), torch.tensor([3.0])
-    assert guide(a, b, 1.0) == a
-    assert guide(a, b, 0.0) == b
-    assert guide(a, b, 2.0).item() == -1.0
+def test_objectives_by_name() -> None:
+    flow, gaussian = FlowConfig(logit_mean=1.0), GaussianConfig(variance="learned_range")
+    assert build_objective("flow", flow, gaussian) == Flow(flow)
+    assert build_objective("gaussian", flow, gaussian) == Gaussian(gaussian)
 
 
-def test_euler_visits_the_shifted_times() -> None:
-    times: list[float] = []
+def test_shift_by_size() -> None:
+    assert size_shift((16, 90, 160), FlowConfig()) == 1.0
+    config = FlowConfig(shift_by_size=True)
+    assert size_shift((1, 64, 64), config) == 1.0
+    # Open-Sora 1.2: sqrt(height · width / 512²) · sqrt(latent frames), 51 frames of 720p being 15 latent frames.
+    assert size_shift((15, 90, 160), config) == pytest.approx(math.sqrt(720 * 1280 / 512**2) * math.sqrt(51 // 17 * 5))
+    # Four times the area or four times the frames double it, whatever the reference.
+    config = FlowConfig(shift_by_size=True, shift_reference=(3, 20, 30))
+    once = size_shift((5, 10, 10), config)
+    assert size_shift((5, 20, 20), config) == pytest.approx(2 * once)
+    assert size_shift((20, 10, 10), config) == pytest.approx(2 * once)
 
-    def predict(x: list[torch.Tensor], t: float) -> list[torch.Tensor]:
-        times.append(t)
-        return [torch.ones_like(x[0])]
 
-    (x,) = euler(predict, [torch.zeros(1)], steps=4, shift=3.0)
-    assert times == pytest.approx([1, 0.9, 0.75, 0.5])  # 3t / (1 + 2t) of 1, 3/4, 1/2, 1/4
-    assert x.item() == pytest.approx(-1)
+@pytest.mark.parametrize(
+    "wrong", [{"logit_mean": math.inf}, {"logit_std": -1.0}, {"logit_std": math.nan}, {"shift_reference": (1, 0, 64)}]
+)
+def test_config_names_the_key(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
+        FlowConfig(**wrong)

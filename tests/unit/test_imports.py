@@ -11,6 +11,8 @@ LAYERS = [
     ("megasora.cli",),
     ("megasora.verbs",),
     ("megasora.trainer", "megasora.bench"),
+    ("megasora.evaluation",),
+    ("megasora.rendering",),
     ("megasora.build", "megasora.resume", "megasora.sampling", "megasora.encoders"),
     ("megasora.config",),
     ("megasora.microbatch",),

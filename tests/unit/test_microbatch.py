@@ -12,11 +12,15 @@ from data_pipelines.buckets import Bucket
 from data_pipelines.latent_shards import Latent
 from data_pipelines.loader import Sample
 from megasora.diffusion.flow import FlowConfig
-from megasora.microbatch import Recipe, build_microbatch, squared_error, tokens_of
+from megasora.diffusion.gaussian import GaussianConfig
+from megasora.diffusion.objective import build_objective
+from megasora.microbatch import MicroBatch, Recipe, build_microbatch, patches_of, tokens_of, training_loss
 from megasora.models.packing import PackedRow, unpatchify
+from megasora.models.text import Text
 
 RECIPE = Recipe(
-    seed=1, segment=2, flow=FlowConfig(), shift=3.0, drop_captions=0.0, null_text=torch.full((1, 8), -1.0), patch=(1, 2, 2),
+    seed=1, segment=2, objective=build_objective("flow", FlowConfig(), GaussianConfig()), flow=FlowConfig(), shift=3.0,
+    tasks={"text": 1.0}, drop_captions=0.0, null=Text(torch.full((1, 8), -1.0), torch.zeros(0)), patch=(1, 2, 2), chunk=0,
     capacity=64, global_batch=3, device=torch.device("cpu"),
 )  # fmt: skip
 
@@ -25,12 +29,17 @@ def sample(position: int, frames: int = 1, size: int = 4) -> Sample:
     generator = torch.Generator().manual_seed(position)
     mean = torch.randn(4, frames, size, size, generator=generator)
     text = torch.randn(2 + position % 3, 8, generator=generator)
-    return Sample(
-        position, f"s{position}", Bucket(frames, size, size), Latent(mean, torch.full_like(mean, -30.0), text)
-    )
+    latent = Latent(mean, torch.full_like(mean, -30.0), text, torch.zeros(0), fps=24.0, label=position % 5)
+    return Sample(position, f"s{position}", Bucket(frames, size, size), latent)
 
 
+LOSS = training_loss(RECIPE)
 SAMPLES = [sample(10), sample(11, frames=3), sample(12, size=6)]
+
+
+def target(batch: MicroBatch) -> Tensor:
+    """The velocity of the flow."""
+    return batch.noise - batch.data
 
 
 class Constant(nn.Module):
@@ -46,7 +55,7 @@ def test_a_sample_is_the_same_wherever_it_lies() -> None:
         alone = build_microbatch([one], RECIPE)
         a, b = together.row.video.offsets[i : i + 2]
         assert torch.equal(together.row.tokens[a:b], alone.row.tokens[: b - a])
-        assert torch.equal(together.target[a:b], alone.target[: b - a])
+        assert torch.equal(target(together)[a:b], target(alone)[: b - a])
         assert torch.equal(together.row.timestep[i], alone.row.timestep[0])
 
 
@@ -65,33 +74,34 @@ def test_noise_and_target_satisfy_the_flow() -> None:
         a, b = batch.row.video.offsets[i : i + 2]
         t = batch.row.timestep[i]
         # x_t - t · v = data, whatever the noise was.
-        data = unpatchify(batch.row.tokens[a:b] - t * batch.target[a:b], one.latent.mean.shape[1:], RECIPE.patch)
+        data = unpatchify(batch.row.tokens[a:b] - t * target(batch)[a:b], one.latent.mean.shape[1:], RECIPE.patch)
         torch.testing.assert_close(data, one.latent.mean, rtol=1e-4, atol=1e-4)
-        noise = batch.row.tokens[a:b] + (1 - t) * batch.target[a:b]
+        noise = batch.row.tokens[a:b] + (1 - t) * target(batch)[a:b]
         assert 0.7 < noise.std() < 1.3
 
 
 def test_the_loss_is_the_mean_of_the_samples_means() -> None:
     batch = build_microbatch(SAMPLES, RECIPE)
     offsets = batch.row.video.offsets
-    means = [batch.target[a:b].square().mean() for a, b in pairwise(offsets[:4])]
-    assert squared_error(Constant(), batch).item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
-    split = [squared_error(Constant(), build_microbatch(part, RECIPE)) for part in (SAMPLES[:1], SAMPLES[1:])]
-    assert sum(split).item() == pytest.approx(squared_error(Constant(), batch).item(), rel=1e-5)
+    means = [target(batch)[a:b].square().mean() for a, b in pairwise(offsets[:4])]
+    assert LOSS(Constant(), batch).item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+    split = [LOSS(Constant(), build_microbatch(part, RECIPE)) for part in (SAMPLES[:1], SAMPLES[1:])]
+    assert sum(split).item() == pytest.approx(LOSS(Constant(), batch).item(), rel=1e-5)
     assert batch.weight[offsets[3] :].abs().max() == 0
 
 
 def test_captions_are_dropped_as_often_as_asked() -> None:
     recipe = replace(RECIPE, drop_captions=0.25, global_batch=1, capacity=4)
-    dropped = sum(torch.equal(build_microbatch([sample(i)], recipe).row.text, RECIPE.null_text) for i in range(1000))
+    dropped = sum(torch.equal(build_microbatch([sample(i)], recipe).row.text, RECIPE.null.tokens) for i in range(1000))
     assert 200 < dropped < 300  # 250 ± 3.6 sigma
     assert torch.equal(build_microbatch(SAMPLES[:1], RECIPE).row.text, SAMPLES[0].latent.text)
 
 
 def test_the_posterior_is_sampled() -> None:
-    wide = Latent(torch.zeros(4, 1, 32, 32), torch.full((4, 1, 32, 32), 2.0), SAMPLES[0].latent.text)
+    flat = torch.zeros(4, 1, 32, 32)
+    wide = replace(SAMPLES[0].latent, mean=flat, logvar=flat + 2)
     batch = build_microbatch([replace(SAMPLES[0], latent=wide)], replace(RECIPE, capacity=256))
-    data = batch.row.tokens - batch.row.timestep[0] * batch.target
+    data = batch.row.tokens - batch.row.timestep[0] * target(batch)
     assert data.var().item() == pytest.approx(torch.e**2, rel=0.1)
 
 
@@ -104,7 +114,7 @@ def test_tokens_of_a_bucket() -> None:
 def test_each_position_has_noise_of_its_own() -> None:
     def noise(position: int) -> Tensor:
         batch = build_microbatch([replace(SAMPLES[1], position=position)], RECIPE)
-        return (batch.row.tokens + (1 - batch.row.timestep[0]) * batch.target)[:12].flatten()
+        return (batch.row.tokens + (1 - batch.row.timestep[0]) * target(batch))[:12].flatten()
 
     correlation = torch.corrcoef(torch.stack([noise(p) for p in range(40)])) - torch.eye(40)
     assert correlation.abs().max() < 0.5  # 192 numbers: seven sigma
@@ -112,10 +122,10 @@ def test_each_position_has_noise_of_its_own() -> None:
 
 def test_the_posterior_and_the_noise_are_independent() -> None:
     flat = torch.zeros(4, 1, 32, 32)
-    one = replace(SAMPLES[0], latent=Latent(flat, flat, SAMPLES[0].latent.text))
+    one = replace(SAMPLES[0], latent=replace(SAMPLES[0].latent, mean=flat, logvar=flat))
     batch = build_microbatch([one], replace(RECIPE, capacity=256))
     t = batch.row.timestep[0]
-    data, noise = batch.row.tokens - t * batch.target, batch.row.tokens + (1 - t) * batch.target
+    data, noise = batch.row.tokens - t * target(batch), batch.row.tokens + (1 - t) * target(batch)
     assert torch.corrcoef(torch.stack([data.flatten(), noise.flatten()]))[0, 1].abs() < 0.1  # 4096 numbers: six sigma
 
 
@@ -128,3 +138,45 @@ def test_each_sample_has_its_own_text() -> None:
     row = build_microbatch(SAMPLES, RECIPE).row
     for one, (a, b) in zip(SAMPLES, pairwise(row.caption.offsets[:4]), strict=True):
         assert torch.equal(row.text[a:b], one.latent.text)
+
+
+def test_given_frames_are_clean_at_timestep_zero_and_without_loss() -> None:
+    recipe = replace(RECIPE, tasks={"image": 1.0}, global_batch=1)
+    batch = build_microbatch([sample(11, frames=3)], recipe)
+    row, first = batch.row, 4  # tokens of a frame
+    assert row.runs.lengths[:2] == (first, 2 * first)
+    assert row.timestep[0] == 0 < row.timestep[1]
+    assert torch.equal(row.tokens[:first], batch.data[:first])
+    assert not torch.allclose(row.tokens[first : 3 * first], batch.data[first : 3 * first])
+    assert batch.weight[:first].abs().max() == 0
+    torch.testing.assert_close(batch.weight[first : 3 * first], torch.full((2 * first,), 1 / (2 * first)))
+    # An image, alone, is always made of noise.
+    assert build_microbatch([sample(10)], recipe).weight[:4].min() > 0
+
+
+def test_a_chunk_has_a_timestep_of_its_own() -> None:
+    batch = build_microbatch([sample(11, frames=3)], replace(RECIPE, chunk=2))
+    assert batch.row.runs.lengths[:2] == (8, 4)
+    whole = build_microbatch([sample(11, frames=3)], RECIPE)
+    assert batch.row.timestep[0] == whole.row.timestep[0] != batch.row.timestep[1]
+    assert torch.equal(batch.row.tokens[:8], whole.row.tokens[:8])
+
+
+def test_a_classifier_sees_clean_samples_and_their_classes() -> None:
+    recipe = replace(RECIPE, objective=None)
+    batch = build_microbatch(SAMPLES, recipe)
+    assert torch.equal(batch.row.tokens, batch.data)
+    assert batch.row.label.tolist() == [0, 1, 2, -1]  # the last is padding
+    logits = torch.randn(4, 5)
+    expected = nn.functional.cross_entropy(logits[:3], torch.tensor([0, 1, 2]))
+    loss = training_loss(recipe)(lambda row: logits, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_every_timestep_at_a_quantile() -> None:
+    batch = build_microbatch(SAMPLES, replace(RECIPE, quantile=0.5, shift=1.0))
+    torch.testing.assert_close(batch.row.timestep[:3], torch.full((3,), 0.5))
+
+
+def test_patches_count_as_the_model_does() -> None:
+    assert patches_of(Bucket(81, 480, 832), (4, 8, 8), (1, 2, 2)) == (21, 30, 52)

@@ -20,13 +20,17 @@ def test_the_tokenizer_is_repeatable_and_reads_anything() -> None:
 
 def test_embeddings_have_their_valid_length_and_tell_captions_apart() -> None:
     encoder = SmallTextEncoder.create(CAPTIONS, width=32)
-    embeddings = encoder.encode(["", *CAPTIONS, "a rabbit " * 500])
+    texts = encoder.encode(["", *CAPTIONS, "a rabbit " * 500])
+    embeddings = [text.tokens for text in texts]
     assert embeddings[0].shape == (1, 32)
     assert embeddings[-1].shape == (encoder.max_tokens, 32)
     assert embeddings[1].shape[0] == len(encoder.pieces.encode(CAPTIONS[0])) + 1
-    assert torch.equal(embeddings[2], encoder.encode([CAPTIONS[1]])[0])
+    assert torch.equal(embeddings[2], encoder.encode([CAPTIONS[1]])[0].tokens)
     means = torch.stack([e.mean(0) for e in embeddings[:4]])
     assert torch.pdist(means).min() > 0.1
+    for text in texts:
+        torch.testing.assert_close(text.pooled, text.tokens.sum(0) / len(text.tokens))
+    assert encoder.width == encoder.pooled_width == 32
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
@@ -34,7 +38,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     encoder.save(tmp_path / "text")
     loaded = load_text_encoder(tmp_path / "text")
     assert loaded.fingerprint() == encoder.fingerprint()
-    assert torch.equal(loaded.encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0])
+    assert torch.equal(loaded.encode(CAPTIONS)[0].tokens, encoder.encode(CAPTIONS)[0].tokens)
     assert SmallTextEncoder.create(CAPTIONS, width=32, seed=2).fingerprint() != encoder.fingerprint()
 
 

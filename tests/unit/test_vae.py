@@ -1,19 +1,23 @@
-"""The video VAE: shapes, causality, streaming, its linear transform, normalisation, and that training learns."""
+"""The video VAE: shapes, causality, streaming, its linear transform and normalisation."""
 
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megasora.models.vae import Cache, Fold, Spatial, Temporal, Unfold, VAEConfig, VideoVAE
-from megasora.vae_training import TrainVAEConfig, psnr, train_vae
+from megasora.models.vae import VAE_PRESETS, Cache, Fold, Spatial, Temporal, Unfold, VAEConfig, VideoVAE
 
 SMALL = VAEConfig(width=8)
+SMALL_PRESETS = {name: dataclasses.replace(config, width=8) for name, config in VAE_PRESETS.items()}
 
 
 def build(config: VAEConfig = SMALL, seed: int = 0) -> VideoVAE:
@@ -31,29 +35,6 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def moving_stripes(seed: int = 0) -> Callable[[int, int, int], Tensor]:
-    """(step, batch, frames) -> clips of coloured sine gratings that move; a function of the seed and the step."""
-
-    def clips(step: int, batch: int, frames: int) -> Tensor:
-        rng = np.random.default_rng([seed, step % 1_000_003])
-        t, y, x = np.meshgrid(np.arange(frames), np.arange(32), np.arange(32), indexing="ij")
-        videos = []
-        for _ in range(batch):
-            direction, speed, phase = (
-                rng.uniform(-0.3, 0.3, 2),
-                rng.uniform(-0.5, 0.5),
-                rng.uniform(0, 6.3, (3, 1, 1, 1)),
-            )
-            videos.append(np.sin(direction[0] * y + direction[1] * x + speed * t + phase) * 0.8)
-        return torch.from_numpy(np.stack(videos)).float()
-
-    return clips
-
-
-def ignore(step: int, metrics: dict[str, float]) -> None:
-    pass
-
-
 @pytest.mark.parametrize("frames", [1, 5, 17])
 def test_shapes(frames: int) -> None:
     vae = build()
@@ -64,21 +45,21 @@ def test_shapes(frames: int) -> None:
         assert vae.decode(mean).shape == (2, 3, frames, 16, 24)
 
 
-@pytest.mark.parametrize(
-    "config, compression",
-    [
-        (VAEConfig(width=4, patch=2, multipliers=(1, 2, 4, 4), strides=((1, 2), (2, 2), (2, 2))), (4, 16, 16)),
-        (VAEConfig(width=4, patch=4, multipliers=(1, 2, 4, 4), strides=((2, 2), (2, 2), (2, 2))), (8, 32, 32)),
-    ],
-)
-def test_other_compressions_follow_from_the_strides(config: VAEConfig, compression: tuple[int, int, int]) -> None:
-    assert config.compression == compression
-    t, s, _ = compression
+@pytest.mark.parametrize("name", VAE_PRESETS)
+def test_presets_compress_by_their_names(name: str) -> None:
+    vae = build(SMALL_PRESETS[name])
+    assert "x".join(map(str, vae.compression)) == name
+    t, s, _ = vae.compression
     with torch.no_grad():
-        vae = build(config)
-        mean, _ = vae.encode(noise(1, 3, 1 + 2 * t, s, 2 * s))
-        assert mean.shape == (1, 16, 3, 1, 2)
-        assert vae.decode(mean).shape == (1, 3, 1 + 2 * t, s, 2 * s)
+        for frames in (1, 1 + 2 * t):
+            video = noise(1, 3, frames, s, 2 * s)
+            mean, logvar = vae.encode(video)
+            assert mean.shape == logvar.shape == (1, vae.latent_channels, 1 + (frames - 1) // t, 1, 2)
+            assert vae.decode(mean).shape == video.shape
+
+
+def test_the_default_is_a_preset() -> None:
+    assert VAE_PRESETS["4x8x8"] == VAEConfig()
 
 
 def test_sizes_that_do_not_fit_are_errors() -> None:
@@ -104,29 +85,66 @@ def test_an_image_is_the_first_frame() -> None:
         torch.testing.assert_close(vae.decode(latent[:, :, :1]), vae.decode(latent)[:, :, :1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [(1, 4, 4, 4, 4), (1, 16), (5, 12), (9, 4, 4), (13, 4)])
-def test_streaming_equals_the_whole(chunks: tuple[int, ...]) -> None:
-    vae, video = build(), noise(1, 3, 17, 16, 24)
+@pytest.mark.parametrize("chunks", [(1, 1, 1, 1, 1), (1, 4), (2, 3), (3, 1, 1), (4, 1), (5,)], ids=str)
+@pytest.mark.parametrize("name", VAE_PRESETS)
+def test_streaming_equals_the_whole(name: str, chunks: tuple[int, ...]) -> None:
+    """Chunks of so many latent frames; the frames of the first one are 1 + t·(n - 1)."""
+    vae = build(SMALL_PRESETS[name])
+    t, s, _ = vae.compression
+    video = noise(1, 3, 1 + 4 * t, s, 2 * s)
+    frames = [t * n - (t - 1) * (i == 0) for i, n in enumerate(chunks)]
     with torch.no_grad():
         mean, logvar = vae.encode(video)
-        streamed = list(vae.encode_stream(video.split(chunks, dim=2)))
+        streamed = list(vae.encode_stream(video.split(frames, dim=2)))
         torch.testing.assert_close(torch.cat([m for m, _ in streamed], dim=2), mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.cat([v for _, v in streamed], dim=2), logvar, rtol=0, atol=1e-5)
-        sizes = [(frames + 3) // 4 for frames in chunks]
-        pixels = torch.cat(list(vae.decode_stream(mean.split(sizes, dim=2))), dim=2)
+        pixels = torch.cat(list(vae.decode_stream(mean.split(chunks, dim=2))), dim=2)
         torch.testing.assert_close(pixels, vae.decode(mean), rtol=0, atol=1e-5)
 
 
-def test_streaming_needs_constant_memory() -> None:
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time, each storage counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.made: list[tuple[weakref.ref[Tensor], int, int]] = []  # the tensor, where its storage lies, bytes of it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.made.append((weakref.ref(tensor), storage.data_ptr(), storage.nbytes()))
+        self.made = [entry for entry in self.made if entry[0]() is not None]
+        self.peak = max(self.peak, sum({place: size for _, place, size in self.made}.values()))
+        return out
+
+
+def peak(work: Callable[[], object]) -> int:
+    with LiveBytes() as live, torch.no_grad():
+        work()
+    return live.peak
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_streaming_needs_constant_memory(direction: str) -> None:
     vae = build()
-    cache: Cache = {}
-    held = []
-    with torch.no_grad():
-        for frames in (1, 4, 4, 4, 4):
-            vae.encode(noise(1, 3, frames, 16, 16), cache)
-            held.append(sum(kept.numel() for kept in cache.values()))
-    assert held[1:] == held[1:2] * 4
-    assert held[-1] > 0
+
+    def chunks(count: int) -> Iterator[Tensor]:
+        for i in range(count):
+            yield noise(1, 3, 4 if i else 1, 16, 16) if direction == "encode" else noise(1, 16, 1, 2, 2)
+
+    def stream(count: int) -> None:
+        for _ in vae.encode_stream(chunks(count)) if direction == "encode" else vae.decode_stream(chunks(count)):
+            pass
+
+    def whole() -> None:
+        parts = torch.cat([*chunks(10)], dim=2)
+        vae.encode(parts) if direction == "encode" else vae.decode(parts)
+
+    assert peak(lambda: stream(5)) == peak(lambda: stream(25)) > 0
+    assert peak(whole) > 2 * peak(lambda: stream(10))  # so the measure sees what grows
 
 
 def test_latents_do_not_see_the_future() -> None:
@@ -236,69 +254,15 @@ def test_linear_transform_is_the_principal_components() -> None:
     torch.testing.assert_close(channels.std(1, correction=0), half_whitened, rtol=0.03, atol=0)
 
 
-TRAIN = TrainVAEConfig(steps=80, lr=4e-3, batch=2, frames=9, size=32, image_every=4, warmup=5, ema=0.9)
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[VideoVAE, dict[str, float], list[dict[str, float]]]:
-    torch.manual_seed(0)
-    vae = VideoVAE(SMALL)
-    logged: list[dict[str, float]] = []
-    metrics = train_vae(vae, moving_stripes(), TRAIN, lambda _, m: logged.append(dict(m)))
-    return vae, metrics, logged
-
-
-def reconstruction(vae: VideoVAE, frames: int) -> float:
-    video = moving_stripes(seed=9)(0, 4, frames)  # another seed than training saw
-    with torch.no_grad():
-        return psnr(vae.decode(vae.encode(video)[0]) - video)
-
-
-def test_training_learns(trained: tuple[VideoVAE, dict[str, float], list[dict[str, float]]]) -> None:
-    vae, metrics, logged = trained
-    torch.manual_seed(0)
-    untrained = VideoVAE(SMALL)
-    for frames in (1, 9):
-        assert reconstruction(untrained, frames) < 12
-        assert reconstruction(vae, frames) > 22
-    assert len(logged) == TRAIN.steps
-    assert {"loss", "kl", "psnr_image", "psnr_video"} <= metrics.keys()
-    early, late = ([m["loss"] for m in part] for part in (logged[:10], logged[-10:]))
-    assert sum(late) < 0.7 * sum(early)  # beyond what the linear transform gives at once
-
-
-def test_latents_after_training_are_normalised(
-    trained: tuple[VideoVAE, dict[str, float], list[dict[str, float]]],
-) -> None:
-    vae = trained[0]
-    clips = moving_stripes()
-    with torch.no_grad():
-        means = [vae.encode(clips(TRAIN.steps + i, TRAIN.batch, TRAIN.frames))[0] for i in range(16)]
-    channels = torch.cat([mean.transpose(0, 1).flatten(1) for mean in means], dim=1)
-    torch.testing.assert_close(channels.mean(1), torch.zeros(16), rtol=0, atol=1e-4)
-    assert channels.square().mean().item() == pytest.approx(1, abs=1e-4)  # one scale for all channels
-    assert (vae.latent_std == vae.latent_std[0]).all()
-
-
-def test_the_same_seed_gives_the_same_bits() -> None:
-    def weights(seed: int, global_seed: int) -> str:
-        torch.manual_seed(0)
-        vae = VideoVAE(SMALL)
-        torch.manual_seed(global_seed)  # training draws from its own generator
-        train_vae(vae, moving_stripes(), dataclasses.replace(TRAIN, steps=3, seed=seed), ignore)
-        return vae.fingerprint()
-
-    assert weights(1, 10) == weights(1, 20)
-    assert weights(1, 10) != weights(2, 10)
-
-
-def test_a_loss_that_is_not_finite_is_an_error() -> None:
-    def broken(step: int, batch: int, frames: int) -> Tensor:
-        video = moving_stripes()(step, batch, frames)
-        return video * float("nan") if step == 2 else video
-
-    with pytest.raises(FloatingPointError, match="step 3"):
-        train_vae(build(), broken, dataclasses.replace(TRAIN, steps=5), ignore)
+def test_more_channels_than_blocks_leave_the_last_to_the_network() -> None:
+    vae, video = build(), noise(1, 3, 5, 16, 16)  # 8 blocks, 16 channels
+    vae.fit_linear([video])
+    assert vae.encoder.linear.weight[:7].abs().sum(1).min() > 0
+    for rest in (vae.encoder.linear.weight[8:], vae.encoder.linear.bias[8:], vae.decoder.linear.weight[:, 8:]):
+        assert not rest.any()
+    blocks = vae.encoder.fold_all(video.permute(0, 2, 3, 4, 1), None)
+    restored = vae.decoder.linear(vae.encoder.linear(blocks))
+    torch.testing.assert_close(restored, blocks, rtol=0, atol=1e-4)  # as many components as blocks lose nothing
 
 
 def test_long_clips_go_in_chunks() -> None:

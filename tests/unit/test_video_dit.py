@@ -8,7 +8,7 @@ import torch
 
 from megasora.models.flops import forward_macs, training_flops
 from megasora.models.layers import rotary_angles, sincos_embedding
-from megasora.models.packing import PackedRow, pack, patch_grid, patchify, unpatchify
+from megasora.models.packing import Item, PackedRow, in_patches, pack, patch_grid, patchify, unpatchify
 from megasora.models.video_dit import PRESETS, QKNormAttention, VideoDiT, VideoDiTConfig
 
 SMALL = VideoDiTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, text_width=24)
@@ -25,7 +25,7 @@ def test_published_parameter_count() -> None:
 
 def test_published_flops() -> None:
     # Wan2.1-14B at 32,760 tokens with 512 text tokens: 5,035 TFLOP a training sample.
-    assert training_flops(PRESETS["Wan2.1-14B"], 32_760, 512) / 1e12 == pytest.approx(5035, rel=1e-3)
+    assert training_flops(PRESETS["Wan2.1-14B"], (21, 30, 52), 512) / 1e12 == pytest.approx(5035, rel=1e-3)
 
 
 def test_closed_form_counts_what_torch_counts() -> None:
@@ -35,7 +35,7 @@ def test_closed_form_counts_what_torch_counts() -> None:
     row = make_row([(2, 4, 6)], [7])
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(row)
-    assert counter.get_total_flops() == 2 * forward_macs(SMALL, 2 * 2 * 3, 7)
+    assert counter.get_total_flops() == 2 * forward_macs(SMALL, (2, 2, 3), 7)
 
 
 def small_model(noise: float = 0.1) -> VideoDiT:
@@ -49,19 +49,20 @@ def small_model(noise: float = 0.1) -> VideoDiT:
     return model
 
 
-def make_sample(shape: tuple[int, int, int], text: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_item(shape: tuple[int, int, int], text: int, seed: int) -> Item:
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(4, *shape, generator=generator)
-    grid = patch_grid(shape, SMALL.patch, latent.device)
-    return patchify(latent, SMALL.patch), grid, torch.randn(text, 24, generator=generator)
+    patches = in_patches(shape, SMALL.patch)
+    times = torch.full((patches[0],), 0.1 + 0.2 * seed)
+    text_tokens = torch.randn(text, 24, generator=generator)
+    return Item(patchify(latent, SMALL.patch), patches, times, text_tokens, torch.zeros(0))
 
 
 def make_row(
     shapes: list[tuple[int, int, int]], texts: list[int], capacity: int | None = None, first: int = 0
 ) -> PackedRow:
-    samples = [make_sample(s, m, first + i) for i, (s, m) in enumerate(zip(shapes, texts, strict=True))]
-    times = torch.tensor([0.1 + 0.2 * (first + i) for i in range(len(samples))])
-    return pack([s[0] for s in samples], [s[1] for s in samples], times, [s[2] for s in samples], capacity)
+    items = [make_item(s, m, first + i) for i, (s, m) in enumerate(zip(shapes, texts, strict=True))]
+    return pack(items, capacity)
 
 
 SHAPES, TEXTS = [(1, 4, 4), (3, 2, 6), (2, 4, 2)], [5, 1, 3]
@@ -122,7 +123,8 @@ def test_initial_state_is_adaln_zero() -> None:
     modulation = torch.zeros(3, 6, SMALL.width)
     angles = torch.zeros(row.video.total, SMALL.width // SMALL.heads // 2)
     text = torch.randn(row.caption.total, SMALL.width)
-    assert torch.equal(model.blocks[0](x, text, modulation, angles, row, model.attention), x)
+    seen = (row.video, row.video)
+    assert torch.equal(model.blocks[0](x, text, modulation, angles, row, seen, model.attention, None), x)
 
 
 def test_patches_there_and_back() -> None:
@@ -130,7 +132,7 @@ def test_patches_there_and_back() -> None:
     for patch in ((1, 2, 2), (2, 3, 4), (4, 1, 1)):
         tokens = patchify(latent, patch)
         assert torch.equal(unpatchify(tokens, (4, 6, 8), patch), latent)
-    tokens, grid = patchify(latent, (1, 2, 2)), patch_grid((4, 6, 8), (1, 2, 2), latent.device)
+    tokens, grid = patchify(latent, (1, 2, 2)), patch_grid((4, 3, 4), latent.device)
     t, h, w = grid[17].tolist()
     assert torch.equal(
         tokens[17], latent[:, t : t + 1, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 3, 0).flatten()
@@ -138,7 +140,7 @@ def test_patches_there_and_back() -> None:
 
 
 def test_sincos_positions_tell_every_patch_apart() -> None:
-    grid = patch_grid((3, 8, 10), (1, 2, 2), torch.device("cpu"))
+    grid = patch_grid((3, 4, 5), torch.device("cpu"))
     embedding = sincos_embedding(grid, 50)
     assert embedding.shape == (60, 50)
     assert torch.pdist(embedding).min() > 0.1
@@ -182,7 +184,8 @@ def test_a_block_is_wans_formula() -> None:
     y = norm(expected, weight=block.norm_cross.weight, bias=block.norm_cross.bias)
     expected = expected + attend(block.cross_attention, y, text)
     expected = expected + block.mlp(norm(expected) * (1 + m[4]) + m[3]) * m[5]
-    found = block(x, text, e, torch.zeros(row.video.total, 6), row, model.attention)
+    angles = torch.zeros(row.video.total, 6)
+    found = block(x, text, e, angles, row, (row.video, row.video), model.attention, None)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

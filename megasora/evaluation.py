@@ -1,0 +1,94 @@
+"""What a run shows of itself on the way: the loss of fixed samples at fixed timesteps, and videos of fixed prompts.
+
+Both are of the averaged weights, and nothing in them is drawn anew: two evaluations differ by the weights alone.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipelines.loader import LatentSource
+from data_pipelines.shards import ShardSet
+from megasora.build import build_loader, build_recipe, find_objective
+from megasora.config import Config, Stage
+from megasora.encoders import LatentFacts, open_encoders, open_facts
+from megasora.engines.torch_native import Engine
+from megasora.errors import ConfigError
+from megasora.microbatch import MicroBatch, build_microbatch
+from megasora.parallel.mesh import Processes
+from megasora.rendering import make_prompts, render
+from megasora.sampling import Generator
+from megasora.seeding import fold
+
+
+def evaluation_loss(
+    config: Config, group: Processes, engine: Engine, shards: LatentSource, latents: LatentFacts, stage: Stage
+) -> dict[str, float]:
+    """The loss of eval.samples samples at each quantile of the timesteps, by quantile and by bucket. All ranks call it.
+
+    Keys: `loss`, `loss_q0.50`, `loss_17x80x144`. Raises ConfigError when the held-out latents are of other encoders.
+    """
+    if config.eval.path:
+        shards, held_out = ShardSet.open(Path(config.eval.path)), open_facts(Path(config.eval.path))
+        if held_out.manifest != latents.manifest:
+            raise ConfigError(f"eval.path={config.eval.path}: made by other encoders than data.path={config.data.path}")
+    ranks = group.layout.dp
+    samples = -(-config.eval.samples // ranks) * ranks
+    local = replace(config, data=replace(config.data, global_batch=samples))
+    loader = build_loader(local, group, shards, latents, stage, segment=-1, obey={})
+    (batch,) = (batch for batch, _ in zip(loader.batches(0), range(1), strict=False))
+    recipe = build_recipe(local, group, latents, replace(stage, tasks={"text": 1.0}, drop_captions=0.0), segment=-1)
+    recipe = replace(recipe, seed=fold(config.run.seed, "evaluation"))
+    objective = find_objective(config)
+    found: list[tuple[str, str, float]] = []
+    with engine.averaged(), torch.no_grad():
+        for quantile in config.eval.quantiles if objective else (None,):
+            for row in batch.rows:
+                micro = build_microbatch(row, replace(recipe, quantile=quantile))
+                losses = sample_losses(engine.model, micro, objective)
+                names = [str(sample.bucket) for sample in row]
+                at = "" if quantile is None else f"q{quantile:.2f}"
+                found += [(at, name, value) for name, value in zip(names, losses.tolist(), strict=False)]
+    everyone: list[Any] = [None] * group.world
+    dist.all_gather_object(everyone, found)
+    return averages([line for lines in everyone for line in lines])
+
+
+def sample_losses(model: nn.Module, batch: MicroBatch, objective: Any) -> Tensor:
+    """[S]: each sample's mean loss."""
+    row = batch.row
+    if objective is None:
+        return nn.functional.cross_entropy(model(row).float(), row.label, ignore_index=-1, reduction="none")  # [S]
+    t = row.timestep[row.runs.index][:, None]  # [L, 1]
+    loss = objective.loss(model(row), batch.data, batch.noise, row.tokens, t)  # [L]
+    sums = loss.new_zeros(len(row.video.lengths)).index_add(0, row.video.index, loss)
+    return sums / sums.new_tensor(row.video.lengths)
+
+
+def averages(found: list[tuple[str, str, float]]) -> dict[str, float]:
+    """Means over all, over each quantile and over each bucket."""
+    groups: dict[str, list[float]] = {}
+    for quantile, bucket, value in found:
+        for key in ("loss", f"loss_{quantile}" if quantile else "loss", f"loss_{bucket}"):
+            groups.setdefault(key, []).append(value)
+    return {key: float(np.mean(values)) for key, values in sorted(groups.items())}
+
+
+def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[tuple[str, np.ndarray]]:
+    """(caption, uint8 [T, H, W, 3]) of the prompts of eval, by the settings of `sample`. All ranks compute."""
+    objective = find_objective(config)
+    settings = replace(config.sample, prompts=config.eval.prompts or config.sample.prompts)
+    if objective is None or not (settings.prompts or settings.labels):
+        return []
+    stage, text = open_encoders(config.encode, Path(config.data.path))
+    generator = Generator(engine.model, config.model, objective, config.objective, settings, group.device)
+    with engine.averaged():
+        return [
+            (caption, np.concatenate(list(render(generator, stage, prompt))))
+            for caption, prompt in make_prompts(settings, text)
+        ]

@@ -1,0 +1,321 @@
+"""MMDiT: text and video attend jointly, first with weights of their own (double-stream blocks), then with the same ones.
+
+Esser et al. 2024 (double), Flux's parallel single-stream blocks (Dehghani et al. 2023 for the parallel MLP), laid out as in
+Open-Sora 2.0 and HunyuanVideo, whose weights it can hold. A row of packed samples goes in; each keeps its own text and timesteps.
+
+Further shapes: J = M + L tokens of the joint sequence, S + R its parts (see `Joint`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megasora_kernels.layernorm_modulate import layernorm_modulate
+from torch import Tensor, nn
+
+from megasora.models.attention import Attention, find_attention
+from megasora.models.base import ModelConfig
+from megasora.models.layers import MLP, LayerNorm, Modulation, RMSNorm, axial_angles, rotate, timestep_embedding
+from megasora.models.packing import PackedRow, Segments, Shape
+from megasora.models.token_refiner import TokenRefiner
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig(ModelConfig):
+    """Shape of the model: `depth` double-stream and `single_depth` single-stream blocks; `ffn` is the MLPs' hidden width."""
+
+    family: Literal["mmdit"] = "mmdit"
+    single_depth: int = 8
+    ffn: int = 1024
+    text_width: int = 128
+    pooled_width: int = 128
+    axes: tuple[int, int, int] = (8, 28, 28)  # channels of a head that are rotated by time, row and column
+    theta: float = 10_000.0  # of the rotation
+    text: Literal["linear", "refiner"] = "linear"  # how text embeddings reach the model's width
+    refiner_depth: int = 2
+    guidance_embed: bool = False  # takes the guidance scale as an input: models distilled from guided ones
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("single_depth", "ffn", "text_width", "pooled_width", "theta", "refiner_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        K = self.head_width
+        if K % 2 or K < 6:
+            raise ValueError(f"heads={self.heads}: a head of {K} channels has no pair for each of three axes")
+        if sum(self.axes) != K or any(axis < 2 or axis % 2 for axis in self.axes):
+            spatial = max(2, 2 * (7 * K // 32))
+            fitting = [K - 2 * spatial, spatial, spatial]
+            raise ValueError(
+                f"axes={list(self.axes)}: must be even and sum to a head's {K} channels, such as {fitting}"
+            )
+
+
+OPEN_SORA_2 = MMDiTConfig(
+    width=3072,
+    depth=19,
+    single_depth=38,
+    heads=24,
+    ffn=12288,
+    text_width=4096,
+    pooled_width=768,
+    axes=(16, 56, 56),
+)
+HUNYUAN_VIDEO = MMDiTConfig(
+    width=3072,
+    depth=20,
+    single_depth=40,
+    heads=24,
+    ffn=12288,
+    text_width=4096,
+    pooled_width=768,
+    axes=(16, 56, 56),
+    theta=256.0,
+    text="refiner",
+)
+PRESETS: dict[str, MMDiTConfig] = {
+    "MegaSora-MMDiT-demo": MMDiTConfig(width=192, depth=4, single_depth=4, ffn=768, axes=(8, 20, 20)),
+    "Open-Sora-2.0": OPEN_SORA_2,
+    "HunyuanVideo": HUNYUAN_VIDEO,
+}
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The text and the video of a row as one sequence: sample by sample its text, then its video.
+
+    What shares one modulation is a part of it: the text of a sample, or one of its runs.
+    """
+
+    samples: Segments  # of J
+    order: Tensor  # [J] which row of [text; video] comes where
+    text: Tensor  # [M] the place of each text token
+    video: Tensor  # [L] the place of each patch
+    part: Tensor  # [J] the part of each token, non-decreasing
+    parts: Tensor  # [S + R] which row of [texts of samples; runs] each part is
+    text_part: Tensor  # [S] the part that each sample's text is
+    run_part: Tensor  # [R] the part that each run is
+
+
+def join(row: PackedRow) -> Joint:
+    """Where everything goes, once a row."""
+    texts = torch.arange(len(row.shapes), device=row.tokens.device)  # [S]
+    order, places = by_sample(row.caption.index, row.video.index)
+    parts, part_places = by_sample(texts, row.run_sample)
+    text_part, run_part = part_places.tensor_split([len(texts)])
+    text, video = places.tensor_split([len(row.text)])
+    part = torch.cat([text_part[row.caption.index], run_part[row.runs.index]])[order]
+    lengths = tuple(m + n for m, n in zip(row.caption.lengths, row.video.lengths, strict=True))
+    return Joint(Segments(lengths, row.tokens.device), order, text, video, part, parts, text_part, run_part)
+
+
+def by_sample(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+    """From the sample of each text and each video item: the order of [text; video] sorted by sample, text first, and where each
+    item ends up."""
+    order = torch.cat([text, video]).argsort(stable=True)
+    return order, order.argsort()
+
+
+def text_timestep(row: PackedRow) -> Tensor:
+    """[S] fp32: the largest timestep of each sample. Its text sees this one where some frames are given at timestep 0, as in
+    HunyuanVideo-I2V: it is what tells how far the sampling is."""
+    return row.timestep.new_zeros(len(row.shapes)).scatter_reduce(0, row.run_sample, row.timestep, "amax")
+
+
+class QKV(nn.Module):
+    """Queries, keys and values by heads; queries and keys RMS-normalised within each head."""
+
+    def __init__(self, width: int, head_width: int, eps: float) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k = RMSNorm(head_width, eps), RMSNorm(head_width, eps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v))  # [L, N, K]
+        return self.norm_q(q), self.norm_k(k), v
+
+
+class Stream(nn.Module):
+    """What a double-stream block has for the text, and again for the video."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.eps = config.eps
+        self.modulation = Modulation(D, 6)
+        self.qkv = QKV(D, config.head_width, config.eps)
+        self.out = nn.Linear(D, D)
+        self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
+
+    def before(self, x: Tensor, modulation: tuple[Tensor, ...], owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [L, D], six of [R, D], the row of them of each token [L] -> q, k, v [L, N, K]."""
+        shift, scale = modulation[:2]
+        return self.qkv(layernorm_modulate(x, scale, shift, owner, self.eps))
+
+    def after(self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], owner: Tensor) -> Tensor:
+        """x [L, D] and what attention found for it, y [L, D] -> [L, D]."""
+        gate1, shift2, scale2, gate2 = modulation[2:]
+        x = x + (gate1[owner] * self.out(y)).type_as(x)
+        y = self.mlp(layernorm_modulate(x, scale2, shift2, owner, self.eps))  # [L, D]
+        return x + (gate2[owner] * y).type_as(x)
+
+
+class DoubleBlock(nn.Module):
+    """Text and video each with weights of their own; in attention they meet."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.text, self.video = Stream(config), Stream(config)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, angles: Tensor, row: PackedRow, joint: Joint, attention: Attention
+    ) -> Tensor:
+        text, video = x.index_select(0, joint.text), x.index_select(0, joint.video)  # [M, D], [L, D]
+        text_modulation = self.text.modulation(condition[joint.text_part])  # six [S, D]
+        video_modulation = self.video.modulation(condition[joint.run_part])  # six [R, D]
+        text_qkv = self.text.before(text, text_modulation, row.caption.index)  # three [M, N, K]
+        video_qkv = self.video.before(video, video_modulation, row.runs.index)  # three [L, N, K]
+        both = zip(text_qkv, video_qkv, strict=True)
+        q, k, v = (torch.cat(pair).index_select(0, joint.order) for pair in both)  # [J, N, K]
+        y = attention(rotate(q, angles), rotate(k, angles), v, joint.samples, joint.samples).flatten(-2)  # [J, D]
+        text = self.text.after(text, y.index_select(0, joint.text), text_modulation, row.caption.index)  # [M, D]
+        video = self.video.after(video, y.index_select(0, joint.video), video_modulation, row.runs.index)  # [L, D]
+        return torch.cat([text, video]).index_select(0, joint.order)  # [J, D]
+
+
+class SingleBlock(nn.Module):
+    """Text and video with the same weights, attention and MLP side by side."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.eps = config.eps
+        self.modulation = Modulation(D, 3)
+        self.qkv = QKV(D, config.head_width, config.eps)
+        self.mlp = nn.Linear(D, config.ffn)
+        self.out = nn.Linear(D + config.ffn, D)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, angles: Tensor, row: PackedRow, joint: Joint, attention: Attention
+    ) -> Tensor:
+        shift, scale, gate = self.modulation(condition)  # three [S + R, D]
+        y = layernorm_modulate(x, scale, shift, joint.part, self.eps)  # [J, D]
+        q, k, v = self.qkv(y)  # [J, N, K]
+        seen = attention(rotate(q, angles), rotate(k, angles), v, joint.samples, joint.samples).flatten(-2)  # [J, D]
+        hidden = nn.functional.gelu(self.mlp(y), approximate="tanh")  # [J, ffn]
+        y = self.out(torch.cat([seen, hidden], dim=-1))  # [J, D]
+        return x + (gate[joint.part] * y).type_as(x)
+
+
+class Head(nn.Module):
+    """Modulated LayerNorm and the projection back to patches."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = Modulation(config.width, 2)
+        self.out = nn.Linear(config.width, config.output_values)
+
+    def forward(self, x: Tensor, condition: Tensor, run: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)  # two [R, D]
+        return self.out(layernorm_modulate(x, scale, shift, run, self.eps))  # [L, output_values]
+
+
+class MMDiT(nn.Module):
+    """Predicts, for every patch of a packed row, what the objective asks for (velocity in rectified flow)."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.config = config
+        self.attention = find_attention(config.attention)
+        self.patch_embed = nn.Linear(config.patch_values, D)
+        self.text_embed = (
+            nn.Linear(config.text_width, D)
+            if config.text == "linear"
+            else TokenRefiner(config.text_width, D, config.heads, config.refiner_depth, config.eps)
+        )
+        self.time_embed = MLP(256, D, D, nn.SiLU())
+        self.pooled_embed = MLP(config.pooled_width, D, D, nn.SiLU())
+        self.guidance_embed = MLP(256, D, D, nn.SiLU()) if config.guidance_embed else None
+        doubles = [DoubleBlock(config) for _ in range(config.depth)]
+        singles = [SingleBlock(config) for _ in range(config.single_depth)]
+        self.blocks = nn.ModuleList([*doubles, *singles])
+        self.head = Head(config)
+
+    def init_weights(self) -> None:
+        """Xavier for linears; zero for modulations and the head's output, so that every block starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm | LayerNorm):
+                nn.init.ones_(module.weight)
+                if isinstance(module, LayerNorm):
+                    nn.init.zeros_(module.bias)
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.head.out.weight)
+        for name, parameter in self.named_parameters():
+            if ("time_embed." in name or "guidance_embed." in name) and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, row: PackedRow, guidance: Tensor | None = None) -> Tensor:
+        """[L, P] noisy patches -> [L, output_values] prediction.
+
+        With `guidance_embed`, `guidance` [S] is the scale of the guided prediction that is wanted; none: 1, the plain one.
+        """
+        joint = join(row)
+        with torch.autocast(row.tokens.device.type, enabled=False):
+            condition = self._condition(row, guidance)[joint.parts]  # [S + R, D], fp32
+            angles = axial_angles(row.grid, self.config.axes, self.config.theta)  # [L, K/2], fp32
+            text_angles = angles.new_zeros(len(row.text), angles.shape[1])  # [M, K/2]: text is not turned
+            angles = torch.cat([text_angles, angles])[joint.order]  # [J, K/2]
+        text = self._embed_text(row)  # [M, D]
+        video = self.patch_embed(row.tokens)  # [L, D]
+        x = torch.cat([text, video]).index_select(0, joint.order)  # [J, D]
+        for block in self.blocks:
+            x = block(x, condition, angles, row, joint, self.attention)  # [J, D]
+        return self.head(
+            x.index_select(0, joint.video), condition[joint.run_part], row.runs.index
+        )  # [L, output_values]
+
+    def _embed_text(self, row: PackedRow) -> Tensor:
+        if isinstance(self.text_embed, TokenRefiner):
+            return self.text_embed(row.text, row.caption, text_timestep(row), self.attention)  # [M, D]
+        return self.text_embed(row.text)  # [M, D]
+
+    def _condition(self, row: PackedRow, guidance: Tensor | None) -> Tensor:
+        """[S + R, D] fp32: what modulates the text of each sample, then each run: timestep and pooled text, and guidance."""
+        S = len(row.shapes)
+        timestep = torch.cat([text_timestep(row), row.timestep])  # [S + R]
+        of_sample = self.pooled_embed(row.pooled.float())  # [S, D]
+        if self.guidance_embed is not None:
+            scale = row.timestep.new_ones(S) if guidance is None else guidance  # [S]
+            of_sample = of_sample + self.guidance_embed(timestep_embedding(scale))  # [S, D]
+        elif guidance is not None:
+            raise ValueError("guidance: this model takes none (guidance_embed=false)")
+        of_part = torch.cat([of_sample, of_sample[row.run_sample]])  # [S + R, D]
+        return self.time_embed(timestep_embedding(timestep)) + of_part  # [S + R, D]
+
+
+def forward_macs(config: MMDiTConfig, shape: Shape, text_tokens: int) -> int:
+    """Multiply-adds of one sample of one run. See `megasora.models.flops` for what is counted."""
+    D, (T, H, W), M = config.width, shape, text_tokens
+    tokens = T * H * W
+    joint = tokens + M
+    blocks = config.depth + config.single_depth
+    per_block = joint * (4 * D * D + 2 * D * config.ffn) + 2 * joint * joint * D  # the same in both kinds of blocks
+    modulation = 2 * (6 * config.depth + 3 * config.single_depth) * D * D + 2 * D * D  # of text and run; the head's
+    condition = 2 * (256 * D + D * D) + config.pooled_width * D + D * D
+    if config.guidance_embed:
+        condition += 256 * D + D * D
+    text = M * config.text_width * D
+    if config.text == "refiner":
+        text += 256 * D + D * D + config.text_width * D + D * D  # its own condition
+        text += config.refiner_depth * (M * 12 * D * D + 2 * M * M * D + 2 * D * D)
+    return (
+        blocks * per_block + modulation + condition + text + tokens * (config.patch_values + config.output_values) * D
+    )

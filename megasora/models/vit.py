@@ -1,0 +1,154 @@
+"""ViT and ViViT: a plain pre-norm transformer over patches with a class token, trained as a classifier on labels.
+
+ViT (Dosovitskiy et al. 2021) reads pictures. ViViT (Arnab et al. 2021, its model 1) is the same trunk over tubelets of a
+video: every token of space and time attends to every other. Positions are learned, so all samples have the config's grid.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megasora.models.attention import Attention, find_attention
+from megasora.models.base import ModelConfig
+from megasora.models.layers import MLP, LayerNorm, MultiHeadAttention, join
+from megasora.models.packing import PackedRow, Patch, Segments, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(ModelConfig):
+    """Shape of the model. `image_size` is the side of a frame in rows of what comes in: pixels, or a latent's."""
+
+    channels: int = 3
+    patch: Patch = (1, 16, 16)
+    classes: int = 1000
+    ffn: int = 1024  # hidden width of the MLP
+    image_size: int = 224
+    frames: int = 1
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ffn", "image_size", "frames", "classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        for name in ("text_width", "pooled_width", "learn_sigma"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)}: a classifier has none; leave it out")
+        pt, ph, pw = self.patch
+        for name, step in (("frames", pt), ("image_size", ph), ("image_size", pw)):
+            size = getattr(self, name)
+            if size % step:
+                nearest = max(1, round(size / step)) * step
+                raise ValueError(f"{name}={size}: patch {list(self.patch)} does not divide it; nearest is {nearest}")
+
+    @property
+    def grid(self) -> Shape:
+        """(T, H, W) in patches of every sample."""
+        pt, ph, pw = self.patch
+        return self.frames // pt, self.image_size // ph, self.image_size // pw
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(ClassifierConfig):
+    family: Literal["vit"] = "vit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViViTConfig(ClassifierConfig):
+    family: Literal["vivit"] = "vivit"
+    patch: Patch = (2, 16, 16)
+    frames: int = 32
+    classes: int = 400
+    activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh"
+    eps: float = 1e-6
+
+
+PRESETS: dict[str, ClassifierConfig] = {
+    "vit-b16": ViTConfig(width=768, depth=12, heads=12, ffn=3072),
+    "vivit-b16x2": ViViTConfig(width=768, depth=12, heads=12, ffn=3072),
+}
+
+
+class Block(nn.Module):
+    """ViT's block: attention and MLP, each after its LayerNorm and beside the residual."""
+
+    def __init__(self, width: int, heads: int, ffn: int, activation: Literal["gelu", "gelu_tanh"], eps: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm(width, eps), LayerNorm(width, eps)
+        self.attention = MultiHeadAttention(width, heads)
+        self.mlp = MLP(width, ffn, width, nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none"))
+
+    def forward(self, x: Tensor, segments: Segments, attention: Attention) -> Tensor:
+        y = self.norm1(x)  # [L, D]
+        x = x + self.attention(y, y, segments, segments, attention)  # [L, D]
+        return x + self.mlp(self.norm2(x))  # [L, D]
+
+
+class ViT(nn.Module):
+    """Says for every sample of a packed row which class it is of; ViViT too, given its config."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        D, (T, H, W) = config.width, config.grid
+        self.config = config
+        self.attention = find_attention(config.attention)
+        self.patch_embed = nn.Linear(config.patch_values, D)
+        self.cls = nn.Parameter(torch.zeros(1, D))
+        self.positions = nn.Parameter(torch.zeros(1 + T * H * W, D))  # the class token's first
+        self.blocks = nn.ModuleList(
+            Block(D, config.heads, config.ffn, config.activation, config.eps) for _ in range(config.depth)
+        )
+        self.norm = LayerNorm(D, config.eps)
+        self.head = nn.Linear(D, config.classes)
+
+    def init_weights(self) -> None:
+        """As ViT's own code: Xavier for linears, normal positions, zero for the class token, the biases and the head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.positions, std=0.02)
+        nn.init.zeros_(self.cls)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, row: PackedRow) -> Tensor:
+        """[L, P] clean patches -> [S, classes] logits, those of padding without meaning.
+
+        Timesteps, text and labels of the row are not looked at. Raises ValueError for a sample of another grid.
+        """
+        self._check(row)
+        _, H, W = self.config.grid
+        place = (row.grid * row.grid.new_tensor([H * W, W, 1])).sum(1)  # [L] of each patch among those of its sample
+        x = self.patch_embed(row.tokens)  # [L, D]
+        x = x + self.positions[1 + place].type_as(x)  # [L, D]
+        cls = (self.cls + self.positions[:1]).type_as(x).expand(len(row.shapes), -1)  # [S, D]
+        x, joint = join(cls, Segments((1,) * len(cls), x.device), x, row.video)  # [S + L, D]
+        for block in self.blocks:
+            x = block(x, joint, self.attention)  # [S + L, D]
+        cls = x[torch.tensor(joint.starts, device=x.device)]  # [S, D]
+        return self.head(self.norm(cls))  # [S, classes]
+
+    def _check(self, row: PackedRow) -> None:
+        """Padding, a single row of patches after the samples, may have any length."""
+        *samples, last = row.shapes
+        padding = bool(samples) and last[:2] == (1, 1)
+        for shape in samples if padding else row.shapes:
+            if shape != self.config.grid:
+                raise ValueError(
+                    f"shape={list(shape)} in patches: positions are learned for {list(self.config.grid)} "
+                    f"(image_size={self.config.image_size}, frames={self.config.frames})"
+                )
+
+
+def forward_macs(config: ClassifierConfig, shape: Shape, text_tokens: int) -> int:
+    """Multiply-adds of one sample's forward pass; the class token is one token more."""
+    D, (T, H, W) = config.width, shape
+    tokens = T * H * W + 1
+    block = tokens * (4 * D * D + 2 * D * config.ffn) + 2 * tokens * tokens * D
+    return config.depth * block + (tokens - 1) * config.patch_values * D + D * config.classes
