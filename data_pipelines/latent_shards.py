@@ -125,7 +125,9 @@ def _encode_shard(
                     media = next(content for suffix, content in members.items() if suffix in MEDIA)
                     frames = decode(media, frames=bucket.frames, height=bucket.height, width=bucket.width)
                     mean, logvar = encoders.video(frames)
-                    tensors = {"mean": mean, "logvar": logvar, "text": text} | ({"pooled": pooled} if len(pooled) else {})
+                    tensors = {"mean": mean, "logvar": logvar, "text": text} | (
+                        {"pooled": pooled} if len(pooled) else {}
+                    )
                     facts = {
                         "kind": "image" if bucket.frames == 1 else "video", "frames": bucket.frames, "fps": row.fps,
                         "height": bucket.height, "width": bucket.width, "source": row.key, "caption": caption,

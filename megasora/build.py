@@ -9,14 +9,14 @@ import torch.distributed as dist
 from data_pipelines.buckets import Bucket, buckets_of
 from data_pipelines.loader import LatentLoader, LatentSource
 from megasora.config import Config, Stage
+from megasora.diffusion.objective import Objective, build_objective
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import Engine, TorchNative
 from megasora.errors import ConfigError
-from megasora.diffusion.objective import Objective, build_objective
 from megasora.microbatch import Recipe, patches_of, tokens_of
 from megasora.models.attention import find_attention
-from megasora.models.flops import training_flops
 from megasora.models.families import build_model, chunk_of
+from megasora.models.flops import training_flops
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
 from megasora.seeding import fold

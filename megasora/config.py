@@ -27,9 +27,8 @@ from megasora.diffusion.samplers import SAMPLERS
 from megasora.engines.optim import OptimConfig
 from megasora.engines.torch_native import EngineConfig
 from megasora.errors import ConfigError
-from megasora.models.attention import ATTENTION
-from megasora.models.vae import VAEConfig
 from megasora.models.families import CLASSIFIERS, CONFIGS, DEFAULT, PRESETS, AnyModelConfig
+from megasora.models.vae import VAEConfig
 from megasora.models.video_dit import VideoDiTConfig
 from megasora.vae_training import TrainVAEConfig
 
@@ -72,7 +71,9 @@ class Stage:
     lr: float | None = None  # peak; default optim.lr
     shift: float = 1.0  # of the timesteps, towards noise
     drop_captions: float = 0.1  # share of samples trained on the empty caption or without their class, for guidance
-    tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})  # shares: text, image, first_last, extend, ...
+    tasks: dict[str, float] = field(
+        default_factory=lambda: {"text": 1.0}
+    )  # shares: text, image, first_last, extend, ...
     buckets: BucketConfig = field(default_factory=BucketConfig)
 
     def __post_init__(self) -> None:
@@ -375,7 +376,7 @@ def _expand_preset(raw: dict[str, Any]) -> None:
     model = raw.setdefault("model", {})
     if not isinstance(model, dict):
         return  # check_keys says so
-    preset = model["preset"] if "preset" in model else ""
+    preset = model.get("preset", "")
     if preset:
         if preset not in PRESETS:
             nearest = difflib.get_close_matches(str(preset), PRESETS, n=1, cutoff=0.0)[0]

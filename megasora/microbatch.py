@@ -74,9 +74,14 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe) -> MicroBatch:
         text = recipe.null if dropped else Text(latent.text, latent.pooled)
         items.append(
             Item(
-                patchify(noisy, recipe.patch), shape, timesteps, text.tokens.to(recipe.device),
-                text.pooled.to(recipe.device), fps=latent.fps, label=-1 if dropped else latent.label,
-            )  # fmt: skip
+                patchify(noisy, recipe.patch),
+                shape,
+                timesteps,
+                text.tokens.to(recipe.device),
+                text.pooled.to(recipe.device),
+                fps=latent.fps,
+                label=-1 if dropped else latent.label,
+            )
         )
         data.append(patchify(clean, recipe.patch))
         noise.append(patchify(blur, recipe.patch))
@@ -89,7 +94,8 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe) -> MicroBatch:
         weight = F.pad(weight, (0, bool(padding)))
     else:
         weight = F.pad(torch.cat(weights), (0, padding))
-    return MicroBatch(row, *(F.pad(torch.cat(x), (0, 0, 0, padding)) for x in (data, noise)), weight)
+    whole, blur = (F.pad(torch.cat(parts), (0, 0, 0, padding)) for parts in (data, noise))
+    return MicroBatch(row, whole, blur, weight)
 
 
 def draw_frames(

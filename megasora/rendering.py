@@ -1,4 +1,4 @@
-"""Videos of prompts, frame after frame: given pictures in, the sampler, the first stage's decoder, an mp4 and a contact sheet out."""
+"""Videos of prompts: given pictures in, the sampler, the first stage's decoder, an mp4 and a contact sheet out."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +29,8 @@ def make_prompts(settings: SampleConfig, text: TextEncoder) -> list[tuple[str, P
         raise ConfigError(f"sample.labels={labels}: as many as sample.prompts, {len(captions)}")
     *texts, negative = text.encode([*captions, settings.negative])
     prompts = [
-        Prompt(one, negative, settings.seed + i, label) for i, (one, label) in enumerate(zip(texts, labels, strict=True))
+        Prompt(one, negative, settings.seed + i, label)
+        for i, (one, label) in enumerate(zip(texts, labels, strict=True))
     ]
     shown = [caption or f"class {label}" for caption, label in zip(captions, labels, strict=True)]
     return list(zip(shown, prompts, strict=True))
@@ -64,7 +65,9 @@ def first_shape(generator: Generator, stage: FirstStage) -> LatentShape:
         return latent_shape(settings, "frames", stage.latent_channels, stage.compression, patch)
     latent_shape(settings, "overlap", stage.latent_channels, stage.compression, patch)
     if settings.last or settings.loop:
-        raise ConfigError(f"sample.last={settings.last or settings.first}: a video longer than sample.window has no known end")
+        raise ConfigError(
+            f"sample.last={settings.last or settings.first}: a video longer than sample.window has no known end"
+        )
     return latent_shape(settings, "window", stage.latent_channels, stage.compression, patch)
 
 

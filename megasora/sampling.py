@@ -16,7 +16,7 @@ from megasora.diffusion.objective import Objective
 from megasora.diffusion.samplers import SAMPLERS, Sampler, guidance_at, guide
 from megasora.errors import ConfigError
 from megasora.models.base import Cache
-from megasora.models.families import AnyModelConfig, chunk_of
+from megasora.models.families import AnyModelConfig, chunk_of, window_of
 from megasora.models.packing import Item, Patch, in_patches, pack, patchify, unpatchify
 from megasora.models.text import Text
 from megasora.seeding import normal
@@ -182,18 +182,16 @@ class Generator:
 
     def _forget(self, caches: list[Cache], latent: Tensor) -> None:
         """Drops what lies further back than the model's window."""
-        window = self.config.window
-        if window:
-            T, H, W = in_patches(latent.shape[1:], self.config.patch)
-            kept = window * self.config.chunk * H * W
+        kept_frames = window_of(self.config)
+        if kept_frames:
+            _, H, W = in_patches(latent.shape[1:], self.config.patch)
+            kept = kept_frames * H * W
             for cache in caches:
                 for layer, (k, v) in cache.items():
                     cache[layer] = k[-kept:].clone(), v[-kept:].clone()
 
 
-def split_variance(
-    answer: Tensor, outputs: int, shape: Sequence[int], patch: Patch
-) -> tuple[Tensor, Tensor | None]:
+def split_variance(answer: Tensor, outputs: int, shape: Sequence[int], patch: Patch) -> tuple[Tensor, Tensor | None]:
     """[L, outputs·P] -> the prediction [C, T, H, W] and, with a learned variance, its values."""
     parts = [unpatchify(part, shape, patch) for part in answer.chunk(outputs, dim=-1)]
     return parts[0], parts[1] if outputs == 2 else None

@@ -198,7 +198,9 @@ class Trainer:
         self.event("eval", step=self.step, **losses)
         if self.journal:
             self.journal.evaluation(losses, self.step)
-        log.info("eval after step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+        log.info(
+            "eval after step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        )
 
     def show(self) -> None:
         """Videos of the averaged weights for fixed prompts: all ranks compute, the main one writes."""

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from megasora.models.packing import PackedRow, Patch
 
-Cache = dict[nn.Module, tuple[Tensor, Tensor]]  # of each attention layer the keys and values [M, N, K] of the frames before
+Cache = dict[
+    nn.Module, tuple[Tensor, Tensor]
+]  # of each attention layer the keys and values [M, N, K] of the frames before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,9 @@ class ModelConfig:
     heads: int = 4
     channels: int = 16  # of the latent
     patch: Patch = (1, 2, 2)
-    learn_sigma: bool = False  # gives each value's variance too, for objective=gaussian with gaussian.variance=learned_range
+    learn_sigma: bool = (
+        False  # gives each value's variance too, for objective=gaussian with gaussian.variance=learned_range
+    )
     text_width: int = 0  # of the text encoder's embeddings
     pooled_width: int = 0  # of its pooled vector
     classes: int = 0

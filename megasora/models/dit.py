@@ -76,6 +76,12 @@ PRESETS: dict[str, DiTConfig] = {
 }  # fmt: skip
 
 
+def position_table(config: DiTConfig) -> int:
+    """Numbers in the fixed table of positions that DiT's own code counts among its parameters, for 32 x 32 latents."""
+    _, ph, pw = config.patch
+    return (32 // ph) * (32 // pw) * config.width
+
+
 def frame_embedding(frame: Tensor, width: int) -> Tensor:
     """[L] frames -> [L, width] fp32: sincos of the frame less that of frame 0, which so has zero."""
     return sincos_axis(frame, width) - sincos_axis(torch.zeros_like(frame[:1]), width)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megasora.models.attention import Attention, find_attention
 from megasora.models.base import Cache, ModelConfig
 from megasora.models.layers import MLP, LayerNorm, RMSNorm, rotary_angles, rotate, sincos_embedding, timestep_embedding
-from megasora.models.packing import PackedRow, Segments, Windows, chunk_windows
+from megasora.models.packing import PackedRow, Segments, Shape, Windows, chunk_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +205,26 @@ class VideoDiT(nn.Module):
             return chunk_windows(row.shapes, self.config.chunk, self.config.window, row.tokens.device)
         known = next((len(keys) for keys, _ in cache.values()), 0)
         return row.video, Windows((0,), (known + row.video.total,))
+
+
+def forward_macs(config: VideoDiTConfig, shape: Shape, text_tokens: int) -> int:
+    """Multiply-adds of one sample's forward pass: a `shape` of patches, `text_tokens` valid tokens of its caption."""
+    D, (T, H, W) = config.width, shape
+    tokens = T * H * W
+    per_token = 4 * D * D + 2 * D * D + 2 * D * config.ffn  # self-attention, cross-attention's q and out, MLP
+    per_text_token = 2 * D * D  # cross-attention's k and v
+    pairs = tokens * tokens
+    if config.temporal == "chunk_causal":
+        pairs = seen_frames(T, config.chunk, config.window) * (H * W) ** 2
+    block = tokens * per_token + text_tokens * per_text_token + 2 * pairs * D + 2 * tokens * text_tokens * D
+    embed = text_tokens * (config.text_width * D + D * D) + 256 * D + D * D + 6 * D * D
+    return config.depth * block + embed + tokens * (config.patch_values + config.output_values) * D
+
+
+def seen_frames(frames: int, chunk: int, window: int) -> int:
+    """Pairs (frame, frame that it sees) of block-causal attention."""
+    pairs = 0
+    for first in range(0, frames, chunk):
+        end = min(first + chunk, frames)
+        pairs += (end - first) * (end - (max(0, first - window * chunk) if window else 0))
+    return pairs

@@ -28,7 +28,6 @@ from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import rank, world_size
 
-
 TEXT_WIDTH = 128  # of the small encoder, where the model takes no text
 
 

@@ -95,4 +95,3 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, int]:
     prefix = f"{config.sample.weights}/"
     load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix)
     return model.eval(), int(read_facts(path)["step"])
-

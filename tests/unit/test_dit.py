@@ -17,6 +17,7 @@ from megasora.models.dit import (
     forward_macs,
     position_embedding,
 )
+from megasora.models.families import parameter_count
 from megasora.models.packing import Item, PackedRow, Segments, in_patches, pack, patch_grid, patchify
 
 DESIGNS = ["in_context", "cross_attention", "adaln", "adaln_zero"]
@@ -30,7 +31,7 @@ def count(config: DiTConfig) -> int:
 
 def test_published_parameter_counts() -> None:
     # DiT's own code counts its table of fixed positions, one for each of 16 x 16 patches; ours are computed.
-    assert count(PRESETS["DiT-XL/2"]) + 16 * 16 * 1152 == 675_129_632
+    assert count(PRESETS["DiT-XL/2"]) + 16 * 16 * 1152 == parameter_count(PRESETS["DiT-XL/2"]) == 675_129_632
     # Table 1 and section 5 of the paper, in millions.
     for name, millions in (("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)):
         assert round(count(PRESETS[name]) / 1e6) == millions

@@ -102,7 +102,9 @@ def test_a_cached_rollout_is_the_uncached_one(window: int, guidance: float) -> N
         whole = leading(done, shape)
         model = made.model
 
-        def with_past(row: PackedRow, cache: Any, number: int = number, whole: Any = whole, model: Any = model) -> Tensor:
+        def with_past(
+            row: PackedRow, cache: Any, number: int = number, whole: Any = whole, model: Any = model
+        ) -> Tensor:
             return ask_uncached(model, row, whole.latent[:, : 2 * number])
 
         made.model = with_past

@@ -47,12 +47,16 @@ def leading_one() -> Change:
 
 def import_weights(theirs: dict[str, Tensor], table: list[Rename], blocks: int) -> dict[str, Tensor]:
     """Their state dict under our names. Raises KeyError for a name that is missing, ValueError for names that are left over."""
-    return _translate(theirs, [(line.theirs, line.ours, line.change and line.change.to_ours) for line in table], blocks)
+    return _translate(
+        theirs, [(line.theirs, line.ours, line.change.to_ours if line.change else None) for line in table], blocks
+    )
 
 
 def export_weights(ours: dict[str, Tensor], table: list[Rename], blocks: int) -> dict[str, Tensor]:
     """Our state dict under their names. Raises like `import_weights`."""
-    return _translate(ours, [(line.ours, line.theirs, line.change and line.change.to_theirs) for line in table], blocks)
+    return _translate(
+        ours, [(line.ours, line.theirs, line.change.to_theirs if line.change else None) for line in table], blocks
+    )
 
 
 def _translate(
