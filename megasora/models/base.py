@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from megasora.models.attention import ATTENTION
 from megasora.models.packing import PackedRow, Patch
 
 Cache = dict[
@@ -34,6 +35,8 @@ class ModelConfig:
         for name in ("width", "depth", "heads", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention}: is not one of {', '.join(ATTENTION)}")
         for name in ("text_width", "pooled_width", "classes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: not below 0")

@@ -80,7 +80,7 @@ class Modulation(nn.Linear):
         super().__init__(width, parts * width)
         self.parts = parts
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """condition [S, D] -> `parts` times [S, D] fp32."""
         with torch.autocast(condition.device.type, enabled=False):
             y = F.linear(F.silu(condition.float()), self.weight.float(), self.bias.float())  # [S, parts · D]

@@ -35,8 +35,10 @@ class Split:
         """This rank's tiles, round robin. Every rank has equally many: where they do not divide, the last one is repeated."""
         return [min(i, tiles - 1) for i in range(self.rank, math.ceil(tiles / self.ranks) * self.ranks, self.ranks)]
 
-    def collect(self, mine: Sequence[Tensor], tiles: int) -> list[Tensor]:
-        """All tiles in order, from every rank's share."""
+    def collect(self, mine: Iterable[Tensor], tiles: int) -> Iterable[Tensor]:
+        """All tiles in order, from every rank's share; of a process alone one after the other, as they are made."""
+        if self.ranks == 1:
+            return mine
         shares = self.gather(torch.stack(list(mine)))
         return [shares[i % self.ranks][i // self.ranks] for i in range(tiles)]
 
@@ -85,16 +87,19 @@ class Grid:
         top, left = self.rows[row], self.columns[column]
         return x[..., top : top + self.tile[0], left : left + self.tile[1]]
 
-    def join(self, tiles: Sequence[Tensor]) -> Tensor:
+    def join(self, tiles: Iterable[Tensor]) -> Tensor:
         """Every tile [..., h, w] -> [..., H, W]: where they overlap, one fades out as the next fades in."""
-        whole = tiles[0].new_zeros(*tiles[0].shape[:-2], self.rows[-1] + self.tile[0], self.columns[-1] + self.tile[1])
-        total = whole.new_zeros(whole.shape[-2:])
         vertical, horizontal = fades(self.rows, self.tile[0]), fades(self.columns, self.tile[1])
-        weights = [(v[:, None] * h).to(whole) for v in vertical for h in horizontal]  # [h, w] each
-        for number, (tile, weight) in enumerate(zip(tiles, weights, strict=True)):
+        whole = total = torch.empty(0)
+        for number, tile in enumerate(tiles):
+            if number == 0:
+                H, W = self.rows[-1] + self.tile[0], self.columns[-1] + self.tile[1]
+                whole, total = tile.new_zeros(*tile.shape[:-2], H, W), tile.new_zeros(H, W)
+            row, column = divmod(number, len(self.columns))
+            weight = (vertical[row][:, None] * horizontal[column]).to(whole)  # [h, w]
             self.cut(whole, number).add_(tile * weight)
             self.cut(total, number).add_(weight)
-        return whole / total
+        return whole.div_(total)
 
 
 def latent_grid(compression: tuple[int, int, int], size: tuple[int, int], tile: tuple[int, int], overlap: int) -> Grid:
@@ -117,7 +122,7 @@ def encode_tiled(
     s = stage.compression[1]
     grid = latent_grid(stage.compression, (video.shape[-2] // s, video.shape[-1] // s), tile, overlap)
     pixels = grid.scaled(s)
-    mine = [torch.cat(stage.encode_long(pixels.cut(video, i)), dim=1) for i in split.share(len(grid))]
+    mine = (torch.cat(stage.encode_long(pixels.cut(video, i)), dim=1) for i in split.share(len(grid)))
     mean, logvar = grid.join(split.collect(mine, len(grid))).chunk(2, dim=1)  # [B, C, T, H, W] each
     return mean, logvar
 
@@ -127,7 +132,7 @@ def decode_tiled(
 ) -> Tensor:
     """`decode_long` in tiles of `tile` (height, width) pixels."""
     grid = latent_grid(stage.compression, (latent.shape[-2], latent.shape[-1]), tile, overlap)
-    mine = [stage.decode_long(grid.cut(latent, i)) for i in split.share(len(grid))]
+    mine = (stage.decode_long(grid.cut(latent, i)) for i in split.share(len(grid)))
     return grid.scaled(stage.compression[1]).join(split.collect(mine, len(grid)))  # [B, 3, T, H, W]
 
 
@@ -141,9 +146,9 @@ def encode_tiled_stream(
         check_size(chunk, vae.compression, first=not caches)
         grid = latent_grid(vae.compression, (chunk.shape[-2] // s, chunk.shape[-1] // s), tile, overlap)
         pixels = grid.scaled(s)
-        mine = [
+        mine = (
             torch.cat(vae.encode(pixels.cut(chunk, i), caches.setdefault(i, {})), dim=1) for i in split.share(len(grid))
-        ]
+        )
         mean, logvar = grid.join(split.collect(mine, len(grid))).chunk(2, dim=1)  # [B, C, T, H, W] each
         yield mean, logvar
 
@@ -155,5 +160,5 @@ def decode_tiled_stream(
     caches: dict[int, Cache] = {}
     for chunk in chunks:
         grid = latent_grid(vae.compression, (chunk.shape[-2], chunk.shape[-1]), tile, overlap)
-        mine = [vae.decode(grid.cut(chunk, i), caches.setdefault(i, {})) for i in split.share(len(grid))]
+        mine = (vae.decode(grid.cut(chunk, i), caches.setdefault(i, {})) for i in split.share(len(grid)))
         yield grid.scaled(vae.compression[1]).join(split.collect(mine, len(grid)))  # [B, 3, T, H, W]

@@ -44,7 +44,7 @@ def test_the_unknown_key_exits_2_with_one_line(capsys: pytest.CaptureFixture[str
         ("--run.steps=1.5", "run.steps=1.5"),
         ("--run.steps=0", "run.steps=0"),
         ("--model.preset=Wan2.1-13B", "did you mean Wan2.1-1.3B"),
-        ("--model.heads=5", "model.heads: 5 heads do not divide width 256"),
+        ("--model.heads=5", "model.heads=5: do not divide width 256; nearest is 4"),
         ("--model.attention=fast", "model.attention"),
         ("--optim=3", "optim=3: a section with keys is expected"),
         ("--optim.lr.x=3", "optim.lr"),

@@ -31,7 +31,7 @@ def write_latents(directory: Path, samples: int = SAMPLES) -> ShardSet:
             }
             facts = {
                 "kind": "video" if frames > 1 else "image", "frames": frames, "fps": 8.0, "height": height,
-                "width": width, "caption_tokens": 1 + i % 4, "temporal_compression": 4,
+                "width": width, "caption_tokens": 1 + i % 4, "temporal_compression": 4, "label": -1,
             }  # fmt: skip
             writer.write({"__key__": f"s{i:03d}", "json": facts, "safetensors": save(tensors)})
     return ShardSet.open(directory)
