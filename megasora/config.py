@@ -28,7 +28,7 @@ from megasora.engines.optim import OptimConfig
 from megasora.engines.torch_native import EngineConfig
 from megasora.errors import ConfigError
 from megasora.models.families import CLASSIFIERS, CONFIGS, DEFAULT, PRESETS, AnyModelConfig
-from megasora.models.vae import VAEConfig
+from megasora.models.vae import VAE_PRESETS, VAEConfig
 from megasora.models.video_dit import VideoDiTConfig
 from megasora.vae_training import TrainVAEConfig
 
@@ -260,6 +260,7 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
             raise ConfigError(f"{override}: overrides are written --section.key=value, with the equals sign")
         _set(raw, key, _parse(value))
     _expand_preset(raw)
+    _expand_vae_preset(raw)
     check_keys(raw, Config, "")
     try:
         return pydantic.TypeAdapter(Config).validate_python(raw)
@@ -383,6 +384,19 @@ def _expand_preset(raw: dict[str, Any]) -> None:
             raise ConfigError(f"model.preset={preset}: unknown preset; did you mean {nearest}?")
         raw["model"] = dataclasses.asdict(PRESETS[preset]) | model
     raw["model"].setdefault("family", DEFAULT)
+
+
+def _expand_vae_preset(raw: dict[str, Any]) -> None:
+    """`vae.preset` is a compression such as 4x16x16: it stands for the numbers that give it, and is itself not kept."""
+    vae = raw.get("vae")
+    if not isinstance(vae, dict) or "preset" not in vae:
+        return
+    preset = str(vae["preset"])
+    if preset not in VAE_PRESETS:
+        nearest = difflib.get_close_matches(preset, VAE_PRESETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"vae.preset={preset}: unknown preset; did you mean {nearest}?")
+    given = {key: value for key, value in vae.items() if key != "preset"}
+    raw["vae"] = dataclasses.asdict(VAE_PRESETS[preset]) | given
 
 
 def _first_line(error: pydantic.ValidationError) -> str:

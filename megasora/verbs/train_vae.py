@@ -1,6 +1,8 @@
 """Trains the causal video VAE on the shards: reconstruction and KL, where asked for LPIPS and a GAN, images and clips mixed.
 Writes it to encode.vae.
 
+--vae.preset=4x8x8, 4x16x16 or 8x32x32 sets the compression.
+
 example:
   megasora train-vae --config configs/demo.yaml --train_vae.steps=1000 --encode.vae=data/vae
 """

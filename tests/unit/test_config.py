@@ -56,6 +56,15 @@ def test_the_unknown_key_exits_2_with_one_line(capsys: pytest.CaptureFixture[str
         ("--optim.lr=nan", "optim.lr=nan"),
         ("--optim.betas=[0.9,2]", "optim.betas.1=2.0"),
         ("--model.heads=0", "model.heads=0"),
+        ("--model.family=dti", "did you mean dit?"),
+        ("--model.family=dit", "model.position=rope+sincos: unknown key"),
+        ("--model.preset=DiT-XL/3", "did you mean DiT-XL/"),
+        ("--model.learn_sigma=true", "model.learn_sigma=true: goes together with objective=gaussian"),
+        ("--objective=classify", "objective=classify: model.family=video_dit learns by flow or gaussian"),
+        ("--stages.0.tasks={imag: 1}", "stages.0.tasks.imag: no such task, the nearest is image"),
+        ("--sample.sampler=ddim", "sample.sampler=ddim: objective=flow has euler, heun"),
+        ("--vae.preset=4x8x9", "did you mean 4x8x8?"),
+        ("--gaussian.steps=1", "gaussian.steps=1"),
         ("--sample.steps=0", "sample.steps=0"),
         ("--sample.prompts=abc", "a list is expected, as in --sample.prompts=[abc]"),
         ("--stages.0.drop_captions=2", "stages.0.drop_captions=2.0"),
@@ -88,6 +97,20 @@ def test_bases_merge_and_presets_fill(tmp_path: Path) -> None:
     config = load_config(tmp_path / "run.yaml", ["--model.ffn=64"])
     assert (config.optim.lr, config.optim.warmup) == (2.0, 5)
     assert (config.model.width, config.model.depth, config.model.ffn) == (1536, 2, 64)
+
+
+def test_a_preset_brings_its_family(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: {preset: DiT-S/4, depth: 2}\nobjective: gaussian\ngaussian: {variance: learned_range}\n"
+    )
+    config = load_config(tmp_path / "run.yaml", ["--model.design=adaln"])
+    assert (config.model.family, config.model.patch, config.model.classes) == ("dit", (1, 4, 4), 1000)
+    assert (config.model.depth, config.model.design) == (2, "adaln")
+
+
+def test_the_vaes_preset_is_its_compression() -> None:
+    config = load_config(None, ["--vae.preset=8x32x32", "--vae.width=8"])
+    assert (config.vae.compression, config.vae.width) == ((8, 32, 32), 8)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "optim: [", "optim: null", "base: missing.yaml", "base: run.yaml"])
