@@ -24,7 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mmdit": {"model": {"ffn": 96, "text_width": 16, "pooled_width": 16, "single_depth": 2, "axes": [4, 4, 4]}},
     "stdit": {"model": {"ffn": 96, "text_width": 16, "learn_sigma": True}, **GAUSSIAN},
     "dit": {"model": {"ffn": 96, "classes": 2, "learn_sigma": True}, **GAUSSIAN},
-    "dit-cross": {"model": {"ffn": 96, "classes": 2, "design": "cross_attention"}, "optim": {"lr": 1e-2, "warmup": 5}},
+    "dit-cross": {"model": {"ffn": 96, "classes": 2, "design": "cross_attention"}, "objective": "gaussian"},
     "vit": {"model": {"ffn": 96, "classes": 2, "image_size": 16}, "objective": "classify"},
     "vivit": {
         "model": {"ffn": 96, "classes": 2, "image_size": 16, "frames": 6, "patch": [2, 4, 4]}, "objective": "classify",
