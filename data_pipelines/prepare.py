@@ -190,10 +190,12 @@ def list_sources(root: Path, tally: Tally) -> list[Source]:
 class Captions:
     """The caption of a source: NAME.txt beside it, or lines {"file", "caption"} of captions.jsonl in the input directory.
 
-    A line may have "start" and "end" in seconds: it then describes that part of the video, before any other caption.
+    A line may have "start" and "end" in seconds: it then describes that part of the video, before any other caption. It may
+    have "label", the number of the file's class, for models that are conditioned on one.
     """
 
     def __init__(self, root: Path, sources: list[Source], tally: Tally) -> None:
+        self.labels: dict[str, int] = {}
         self._whole: dict[str, str] = {}
         self._parts: dict[str, list[tuple[float, float, str]]] = {}
         names = {source.name for source in sources}
@@ -204,9 +206,12 @@ class Captions:
                 entry = json.loads(line)
                 name, text = str(entry["file"]), " ".join(entry["caption"].split())
                 start, end = float(entry.get("start", 0)), float(entry.get("end", float("inf")))
+                label = int(entry.get("label", -1))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 tally.drop(f"unreadable line of {CAPTIONS}", f"line {number}")
                 continue
+            if name in names and label >= 0:
+                self.labels[name] = label
             if name not in names:
                 tally.drop("caption without file", name)
             elif "start" in entry or "end" in entry:
@@ -233,7 +238,8 @@ class Captions:
 
     def of(self, source: Source) -> str:
         """All that is known of a source, for comparing."""
-        return json.dumps([self._whole.get(source.name), self._parts.get(source.name)])
+        label = [self.labels[source.name]] if source.name in self.labels else []
+        return json.dumps([self._whole.get(source.name), self._parts.get(source.name), *label])
 
 
 def _fingerprint(sources: list[Source], captions: Captions) -> str:
@@ -274,6 +280,7 @@ def _samples(source: Source, captions: Captions, config: PrepareConfig, tally: T
                     "__key__": f"{source.slug}-{start:06d}",
                     "jpg" if about["kind"] == "image" else "mp4": content,
                     "txt": caption,
+                    **({"cls": str(captions.labels[source.name])} if source.name in captions.labels else {}),
                     "json": {**about, "source": source.name, "start": start},
                 }
     except Undecodable as error:

@@ -39,7 +39,20 @@ def layernorm_modulate_reference(x: Tensor, scale: Tensor, shift: Tensor, sample
     """What the kernels compute, in plain torch: fp32 inside, or fp64 where x is fp64."""
     inner = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(inner), (x.shape[-1],), eps=eps)
-    return (normed * (1 + scale.index_select(0, sample)) + shift.index_select(0, sample)).to(x.dtype)
+    return torch.addcmul(spread(shift, sample), normed, spread(1 + scale, sample)).to(x.dtype)
+
+
+def spread(values: Tensor, sample: Tensor) -> Tensor:
+    """[S, D] of samples -> [L, D] of their tokens, `sample` [L] non-decreasing.
+
+    On a CPU by stretches, whose gradients are plain sums; those of an index are added element by element.
+    """
+    if sample.is_cuda:
+        return values.index_select(0, sample)
+    if len(values) == 1:
+        return values.expand(len(sample), -1)
+    lengths = torch.bincount(sample, minlength=len(values)).tolist()
+    return torch.cat([row.expand(n, -1) for row, n in zip(values, lengths, strict=True)])
 
 
 def _jit(kernel: Callable[..., None]) -> Any:

@@ -26,6 +26,7 @@ from megasora.models.layers import (
     Modulation,
     MultiHeadAttention,
     first_part,
+    gated,
     join,
     sincos_axis,
     timestep_embedding,
@@ -118,10 +119,8 @@ class AdaLNBlock(nn.Module):
 
 
 def add(x: Tensor, y: Tensor, gates: list[Tensor], run: Tensor) -> Tensor:
-    """x + gate · y of [L, D], the gate [R, D] being each token's run's; x + y without one."""
-    for gate in gates:
-        y = gate[run] * y
-    return x + y.type_as(x)
+    """x + gate · y of [L, D], the gate [R, D] being each token's run's; x + y where there is none."""
+    return gated(x, y, gates[0], run) if gates else x + y.type_as(x)
 
 
 class CrossBlock(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from megasora_kernels.layernorm_modulate import spread
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention
@@ -43,6 +44,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     even, odd = pairs.unbind(-1)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
+    """x + gate · y of [L, D] in the type of x: each token by its row of gate [R, D] fp32, `index` [L] non-decreasing."""
+    gates = spread(gate, index)
+    return torch.addcmul(x, gates, y) if x.dtype == y.dtype == gates.dtype else x + (gates * y).type_as(x)
 
 
 class RMSNorm(nn.Module):

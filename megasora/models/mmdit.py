@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
 from megasora.models.base import ModelConfig
-from megasora.models.layers import MLP, LayerNorm, Modulation, RMSNorm, axial_angles, rotate, timestep_embedding
+from megasora.models.layers import MLP, LayerNorm, Modulation, RMSNorm, axial_angles, gated, rotate, timestep_embedding
 from megasora.models.packing import PackedRow, Segments, Shape
 from megasora.models.token_refiner import TokenRefiner
 
@@ -157,9 +157,9 @@ class Stream(nn.Module):
     def after(self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], owner: Tensor) -> Tensor:
         """x [L, D] and what attention found for it, y [L, D] -> [L, D]."""
         gate1, shift2, scale2, gate2 = modulation[2:]
-        x = x + (gate1[owner] * self.out(y)).type_as(x)
+        x = gated(x, self.out(y), gate1, owner)
         y = self.mlp(layernorm_modulate(x, scale2, shift2, owner, self.eps))  # [L, D]
-        return x + (gate2[owner] * y).type_as(x)
+        return gated(x, y, gate2, owner)
 
 
 class DoubleBlock(nn.Module):
@@ -206,7 +206,7 @@ class SingleBlock(nn.Module):
         seen = attention(rotate(q, angles), rotate(k, angles), v, joint.samples, joint.samples).flatten(-2)  # [J, D]
         hidden = nn.functional.gelu(self.mlp(y), approximate="tanh")  # [J, ffn]
         y = self.out(torch.cat([seen, hidden], dim=-1))  # [J, D]
-        return x + (gate[joint.part] * y).type_as(x)
+        return gated(x, y, gate, joint.part)
 
 
 class Head(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
 from megasora.models.base import ModelConfig
-from megasora.models.layers import MLP, RMSNorm, axial_angles, rotate, sincos_axis, timestep_embedding
+from megasora.models.layers import MLP, RMSNorm, axial_angles, gated, rotate, sincos_axis, timestep_embedding
 from megasora.models.packing import PackedRow, Segments, Shape
 
 
@@ -154,11 +154,11 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [R, D]
         y = order.enter(layernorm_modulate(x, scale1, shift1, run, self.eps))  # [L, D]
         y = order.leave(self.self_attention(y, y, order.segments, order.segments, angles, attention))  # [L, D]
-        x = x + (gate1[run] * y).type_as(x)
+        x = gated(x, y, gate1, run)
         if self.cross_attention is not None:
             x = x + self.cross_attention(x, text, row.video, row.caption, None, attention)
         y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
-        return x + (gate2[run] * y).type_as(x)
+        return gated(x, y, gate2, run)
 
 
 class Pair(nn.Module):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention
-from megasora.models.layers import MLP, LayerNorm, Modulation, timestep_embedding
+from megasora.models.layers import MLP, LayerNorm, Modulation, gated, timestep_embedding
 from megasora.models.packing import Segments
 
 
@@ -25,9 +25,9 @@ class RefinerBlock(nn.Module):
         y = self.norm1(x)  # [M, D]
         q, k, v = (project(y).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v))  # [M, N, K]
         y = self.out(attention(q, k, v, caption, caption).flatten(-2))  # [M, D]
-        x = x + (gate1[caption.index] * y).type_as(x)
+        x = gated(x, y, gate1, caption.index)
         y = self.mlp(self.norm2(x))  # [M, D]
-        return x + (gate2[caption.index] * y).type_as(x)
+        return gated(x, y, gate2, caption.index)
 
 
 class TokenRefiner(nn.Module):

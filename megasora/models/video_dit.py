@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
 from megasora.models.base import Cache, ModelConfig
-from megasora.models.layers import MLP, LayerNorm, RMSNorm, rotary_angles, rotate, sincos_embedding, timestep_embedding
+from megasora.models.layers import (
+    MLP,
+    LayerNorm,
+    RMSNorm,
+    gated,
+    rotary_angles,
+    rotate,
+    sincos_embedding,
+    timestep_embedding,
+)
 from megasora.models.packing import PackedRow, Segments, Shape, Windows, chunk_windows
 
 
@@ -121,10 +130,10 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [R, D]
         y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
         y = self.self_attention(y, y, *seen, angles, attention, cache)  # [L, D]
-        x = x + (gate1[run] * y).type_as(x)
+        x = gated(x, y, gate1, run)
         x = x + self.cross_attention(self.norm_cross(x), text, row.video, row.caption, None, attention)
         y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
-        return x + (gate2[run] * y).type_as(x)
+        return gated(x, y, gate2, run)
 
 
 class Head(nn.Module):

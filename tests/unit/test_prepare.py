@@ -13,7 +13,8 @@ import webdataset
 from PIL import Image
 
 from data_pipelines.demo_clips import COLOURS, DRAWN, SIZES, WHEEL, draw_clip, draw_clips
-from data_pipelines.errors import DataError
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.latent_shards import read_label
 from data_pipelines.prepare import PrepareConfig, bounded_size, content_change, prepare, to_hsv
 from data_pipelines.shards import ShardSet
 from data_pipelines.video import decode, probe
@@ -278,3 +279,15 @@ def test_demo_clips_without_network(tmp_path):
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == len(DRAWN)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert again.stdout == f"{tmp_path / 'clips'}: has clips already\n"
+
+
+def test_a_class_travels_with_its_file(tmp_path):
+    write_clip(tmp_path / "in" / "one.mp4", quadrants(20, 64, 96), "one")
+    write_clip(tmp_path / "in" / "two.mp4", quadrants(20, 64, 96))
+    (tmp_path / "in" / "captions.jsonl").write_text(json.dumps({"file": "two.mp4", "caption": "two", "label": 3}))
+    _, shards = run(tmp_path / "in", tmp_path / "out")
+    members = {shards.key(i): shards.read(i) for i in range(2)}
+    assert members["two-000000"]["cls"] == b"3"
+    assert [read_label(key, found) for key, found in sorted(members.items())] == [-1, 3]
+    with pytest.raises(BadSample, match="its class is no number"):
+        read_label("key", {"cls": b"cat"})
