@@ -40,10 +40,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile each block of both")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if "bf16" in args.precision and not torch.cpu._is_avx512_bf16_supported():
+        print("bf16: left out, this CPU has no avx512_bf16 and would only emulate it")
+        args.precision.remove("bf16")
     results = [measure(precision, args.steps, args.compile) for precision in args.precision]
     for result in results:
-        print("{precision} {mode}: ours {ours_s:.3f} s, {ours_share:.3f} of the GEMM peak; diffusers {theirs_s:.3f} s, "
-              "{theirs_share:.3f}; ratio {ratio:.3f} ({low:.3f} to {high:.3f}); peak {gemm_gflops:.0f} GFLOP/s".format(**result))
+        print(
+            "{precision} {mode}: ours {ours_s:.3f} s, {ours_share:.3f} of the GEMM peak; diffusers {theirs_s:.3f} s, "
+            "{theirs_share:.3f}; ratio {ratio:.3f} ({low:.3f} to {high:.3f}); peak {gemm_gflops:.0f} GFLOP/s".format(
+                **result
+            )
+        )
     if args.output:
         machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         args.output.write_text(json.dumps({"schema": 1, "machine": machine, "results": results}, indent=1) + "\n")
@@ -126,7 +133,9 @@ def quiet(step: Callable[[], None], tries: int = 20) -> float:
         others = (busy_seconds() - busy) - (time.process_time() - mine)
         if others <= NOISE * seconds * (os.cpu_count() or 1):
             return seconds
-    raise RuntimeError(f"the machine was not quiet in {tries} steps: others took {others:.2f} s of the last {seconds:.2f} s")
+    raise RuntimeError(
+        f"the machine was not quiet in {tries} steps: others took {others:.2f} s of the last {seconds:.2f} s"
+    )
 
 
 def busy_seconds() -> float:
@@ -149,7 +158,9 @@ def gemm_peak(dtype: torch.dtype) -> float:
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,13 @@ from megasora.seeding import fold
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
     find_attention(config.model.attention)
+    for key, path in (
+        ("clip", config.eval.clip),
+        ("fvd", config.eval.fvd),
+        ("fvd_reference", config.eval.fvd_reference),
+    ):
+        if path and not Path(path).exists():
+            raise ConfigError(f"eval.{key}={path}: no such file or directory")
     if config.run.determinism == "bitwise" and config.model.attention == "flash":
         raise ConfigError("run.determinism=bitwise: model.attention=flash adds up in no fixed order; use sdpa")
     if config.model.channels != latents.channels:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from data_pipelines.loader import LatentSource
 from data_pipelines.shards import ShardSet
 from megasora.build import build_loader, build_recipe, find_objective
-from megasora.config import Config, Stage
+from megasora.config import Config, EvalConfig, Stage
 from megasora.encoders import LatentFacts, open_encoders, open_facts
 from megasora.engines.torch_native import Engine
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, build_microbatch
+from megasora.observe.scores import clip_score, fvd
 from megasora.parallel.mesh import Processes
 from megasora.rendering import make_prompts, render
 from megasora.sampling import Generator
@@ -92,3 +93,14 @@ def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[
             (caption, np.concatenate(list(render(generator, stage, prompt))))
             for caption, prompt in make_prompts(settings, text)
         ]
+
+
+def score_videos(config: EvalConfig, videos: list[tuple[str, np.ndarray]]) -> dict[str, float]:
+    """By the local models that the config names; FVD needs two videos or more."""
+    scores = {}
+    clips = [video for _, video in videos]
+    if config.clip:
+        scores["clip"] = clip_score(config.clip, clips, [caption for caption, _ in videos])
+    if config.fvd and len(clips) > 1:
+        scores["fvd"] = fvd(config.fvd, config.fvd_reference, clips)
+    return scores

@@ -23,7 +23,7 @@ from megasora.config import Config, Stage, to_dict
 from megasora.encoders import open_facts
 from megasora.engines.optim import learning_rate
 from megasora.errors import StoppedEarly
-from megasora.evaluation import evaluation_loss, evaluation_videos
+from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
 from megasora.microbatch import Recipe, build_microbatch, training_loss
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
@@ -213,6 +213,10 @@ class Trainer:
                 self.journal.video(f"samples/{i:02d}", video, fps, self.step)
                 self.journal.text(f"samples/{i:02d}", caption, self.step)
             write_sheet(previews, [caption for caption, _ in videos], directory)
+            scores = score_videos(self.config.eval, videos)
+            if scores:
+                self.event("scores", step=self.step, **scores)
+                self.journal.evaluation(scores, self.step)
             log.info("samples in %s", directory)
 
     def event(self, kind: str, **facts: Any) -> None:

@@ -40,10 +40,9 @@ def sincos_embedding(grid: Tensor, width: int, max_period: float = 10_000.0) -> 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """x [L, N, K] turned by [L, K/2] angles, neighbouring channels being one complex number. Computed in fp32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # [L, N, K/2]
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
