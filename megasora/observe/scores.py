@@ -1,4 +1,4 @@
-"""How good generated videos are, by models of a local directory: CLIP's agreement with the prompt, FVD's distance to real ones."""
+"""How good generated videos are, by local models: CLIP's agreement with the prompt, FVD's distance to real ones."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
