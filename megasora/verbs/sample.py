@@ -22,6 +22,7 @@ from megasora.encoders import open_encoders
 from megasora.errors import CheckpointError, ConfigError
 from megasora.models.families import build_model, chunk_of
 from megasora.models.first_stage import FirstStage
+from megasora.observe.hardware import peak_memory
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import pick_device
@@ -37,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank=0)
+    begin = time.perf_counter()
     files = sample(config)
     if args.json:
-        print(json.dumps({"files": [str(file) for file in files]}))
+        seconds, memory = round(time.perf_counter() - begin, 3), peak_memory(pick_device())
+        print(json.dumps({"files": [str(file) for file in files], "seconds": seconds, "peak_memory_bytes": memory}))
     for file in files:
         log.info("%s", file)
 

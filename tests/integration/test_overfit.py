@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from data_pipelines.demo_clips import draw_clip
 from data_pipelines.video import decode, encode_mp4
@@ -41,7 +42,14 @@ def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> N
         "data": {"path": str(tmp_path / "latents"), "global_batch": 4, "capacity": 256},
         "model": {"width": 96, "depth": 3, "heads": 4, "ffn": 384, "text_width": 32, "position": "rope+sincos"},
         "optim": {"name": "muon", "lr": 1e-2, "warmup": 20, "ema": 0.95, "final_lr": 0.02},
-        "stages": [{"steps": 400, "buckets": {"resolutions": [64], "frames": [FRAMES], "aspects": ["5:3"]}}],
+        "stages": [
+            {
+                "steps": 400,
+                "drop_captions": 0.3,
+                "tasks": {"text": 0.5, "image": 0.5},
+                "buckets": {"resolutions": [64], "frames": [FRAMES], "aspects": ["5:3"]},
+            }
+        ],
         "checkpoint": {"every": 400},
         "sample": {
             "prompts": [CAPTION],
@@ -61,6 +69,18 @@ def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> N
     still = np.broadcast_to(clip.mean(0).astype(np.uint8), clip.shape)
     assert psnr(drawn, clip) > psnr(still, clip) + 3
     assert psnr(drawn, clip) > 24  # the VAE alone reaches 28
+
+    # Image to video: the first frame is given, and the caption of nothing.
+    Image.fromarray(clip[0]).save(tmp_path / "first.png")
+    given = [
+        f"--sample.first={tmp_path / 'first.png'}",
+        '--sample.prompts=[""]',
+        f"--sample.output={tmp_path / 'given'}",
+    ]
+    assert main(["sample", "--config", str(file), *given]) == 0
+    continued = decode(tmp_path / "given/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
+    assert psnr(continued, clip) > psnr(np.broadcast_to(clip[:1], clip.shape), clip) + 3  # it moves, and where to
+    assert psnr(continued, clip) > 24
 
     assert main(["train", "--config", str(file), f"--run.dir={tmp_path / 'one'}", "--run.steps=1"]) == 0
     assert main(["sample", "--config", str(file), f"--run.dir={tmp_path / 'one'}"]) == 0
