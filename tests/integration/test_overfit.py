@@ -2,8 +2,10 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 
@@ -19,13 +21,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 / np.square(a.astype(float) - b.astype(float)).mean())
 
 
-def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> None:
-    clip = draw_clip("circle", "red", "right", HEIGHT, WIDTH, FRAMES)
+def road(tmp_path: Path, clips: dict[str, np.ndarray], captions: dict[str, str], stage: dict[str, Any]) -> Path:
+    """The config of a run that learns a few clips by heart, with everything before `train` done."""
     (tmp_path / "raw").mkdir()
-    encode_mp4(clip, 8, tmp_path / "raw" / "circle.mp4", crf=10)
-    (tmp_path / "raw" / "circle.txt").write_text(CAPTION)
+    for name, clip in clips.items():
+        encode_mp4(clip, 8, tmp_path / "raw" / f"{name}.mp4", crf=10)
+        (tmp_path / "raw" / f"{name}.txt").write_text(captions[name])
     config = {
-        "run": {"dir": str(tmp_path / "run"), "steps": 400},
+        "run": {"dir": str(tmp_path / "run")},
         "prepare": {
             "input": str(tmp_path / "raw"),
             "output": str(tmp_path / "shards"),
@@ -42,15 +45,8 @@ def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> N
         "data": {"path": str(tmp_path / "latents"), "global_batch": 4, "capacity": 256},
         "model": {"width": 96, "depth": 3, "heads": 4, "ffn": 384, "text_width": 32, "position": "rope+sincos"},
         "optim": {"name": "muon", "lr": 1e-2, "warmup": 20, "ema": 0.95, "final_lr": 0.02},
-        "stages": [
-            {
-                "steps": 400,
-                "drop_captions": 0.3,
-                "tasks": {"text": 0.5, "image": 0.5},
-                "buckets": {"resolutions": [64], "frames": [FRAMES], "aspects": ["5:3"]},
-            }
-        ],
-        "checkpoint": {"every": 400},
+        "stages": [stage | {"buckets": {"resolutions": [64], "frames": [FRAMES], "aspects": ["5:3"]}}],
+        "checkpoint": {"every": stage["steps"]},
         "sample": {
             "prompts": [CAPTION],
             "frames": FRAMES,
@@ -62,7 +58,15 @@ def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> N
     }
     file = tmp_path / "overfit.yaml"
     file.write_text(yaml.safe_dump(config))
-    for verb in ("prepare", "train-vae", "encode", "train", "sample"):
+    for verb in ("prepare", "train-vae", "encode"):
+        assert main([verb, "--config", str(file)]) == 0
+    return file
+
+
+def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> None:
+    clip = draw_clip("circle", "red", "right", HEIGHT, WIDTH, FRAMES)
+    file = road(tmp_path, {"circle": clip}, {"circle": CAPTION}, {"steps": 400})
+    for verb in ("train", "sample"):
         assert main([verb, "--config", str(file)]) == 0
     drawn = decode(tmp_path / "run/samples/step-00000400/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
     # A grey picture, or the clip standing still, are no reproduction.
@@ -70,19 +74,27 @@ def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> N
     assert psnr(drawn, clip) > psnr(still, clip) + 3
     assert psnr(drawn, clip) > 24  # the VAE alone reaches 28
 
-    # Image to video: the first frame is given, and the caption of nothing.
-    Image.fromarray(clip[0]).save(tmp_path / "first.png")
-    given = [
-        f"--sample.first={tmp_path / 'first.png'}",
-        '--sample.prompts=[""]',
-        f"--sample.output={tmp_path / 'given'}",
-    ]
-    assert main(["sample", "--config", str(file), *given]) == 0
-    continued = decode(tmp_path / "given/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
-    assert psnr(continued, clip) > psnr(np.broadcast_to(clip[:1], clip.shape), clip) + 3  # it moves, and where to
-    assert psnr(continued, clip) > 24
-
     assert main(["train", "--config", str(file), f"--run.dir={tmp_path / 'one'}", "--run.steps=1"]) == 0
     assert main(["sample", "--config", str(file), f"--run.dir={tmp_path / 'one'}"]) == 0
     untrained = decode(tmp_path / "one/samples/step-00000001/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
     assert psnr(untrained, clip) < psnr(drawn, clip) - 5
+
+
+@pytest.mark.long
+def test_after_overfitting_two_clips_a_first_frame_says_which_one_goes_on(tmp_path: Path) -> None:
+    """Without any caption: both are the empty one."""
+    clips = {
+        "circle": draw_clip("circle", "red", "right", HEIGHT, WIDTH, FRAMES),
+        "square": draw_clip("square", "blue", "left", HEIGHT, WIDTH, FRAMES),
+    }
+    stage = {"steps": 600, "tasks": {"image": 1.0}, "drop_captions": 1.0}
+    file = road(tmp_path, clips, {"circle": CAPTION, "square": "A blue square moves left."}, stage)
+    assert main(["train", "--config", str(file)]) == 0
+    for name, clip in clips.items():
+        Image.fromarray(clip[0]).save(tmp_path / f"{name}.png")
+        given = [f"--sample.first={tmp_path / name}.png", '--sample.prompts=[""]', f"--sample.output={tmp_path / name}"]
+        assert main(["sample", "--config", str(file), *given]) == 0
+        drawn = decode(tmp_path / name / "00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
+        still = np.broadcast_to(clip[:1], clip.shape)
+        assert psnr(drawn, clip) > psnr(still, clip) + 3
+        assert psnr(drawn, clip) > 24
