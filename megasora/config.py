@@ -90,12 +90,15 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """Shards -> latent shards, for the buckets of all stages. `text` empty: a small encoder is made from the captions."""
+    """Shards -> latent shards, for the buckets of all stages, and the encoders that `sample` uses again."""
 
     input: str = "data/shards"
     output: str = "data/latents"
-    vae: str = "data/vae"
-    text: str = ""
+    vae: str = "data/vae"  # of `train-vae`, a diffusers directory (Wan, HunyuanVideo, CogVideoX), or the word pixels
+    tile: int = 0  # pixels a side of the tiles that our VAE goes through large pictures in; 0: whole
+    tile_overlap: int = 64
+    text: str = ""  # T5_DIR, or T5_DIR,CLIP_DIR for a pooled vector; empty: a small encoder is made from the captions
+    text_dtype: Literal["float32", "bfloat16"] = "float32"  # of a published text encoder's weights
     latent_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 

@@ -12,8 +12,11 @@ from torch import Tensor
 from data_pipelines.errors import DataError
 from data_pipelines.latent_shards import read_manifest
 from megasora.config import EncodeConfig
+from megasora.errors import ConfigError
 from megasora.models.first_stage import FirstStage, open_first_stage
 from megasora.models.text import Text, TextEncoder, load_text_encoder
+from megasora.models.vae import VideoVAE
+from megasora.models.vae_tiling import TiledStage
 
 NULL_TEXT = "null_text.safetensors"
 
@@ -41,7 +44,25 @@ class LatentFacts:
         return t, h, w
 
 
-def make_manifest(vae: FirstStage, text: TextEncoder, dtype: str) -> dict[str, Any]:
+def open_stage(config: EncodeConfig, device: torch.device) -> FirstStage:
+    """The first stage of encode.vae, in tiles if encode.tile says so. Raises ConfigError."""
+    stage = open_first_stage(config.vae, device)
+    if not config.tile:
+        return stage
+    if not isinstance(stage, VideoVAE):
+        raise ConfigError(f"encode.tile={config.tile}: tiles are for VAEs of `megasora train-vae`; 0 for others")
+    try:
+        return TiledStage(stage, config.tile, config.tile_overlap)
+    except ValueError as error:
+        raise ConfigError(f"encode.{'tile_' * str(error).startswith('overlap')}{error}") from None
+
+
+def open_text(config: EncodeConfig, latents: Path, device: torch.device) -> TextEncoder:
+    """The text encoder of encode.text, or the small one beside the latents."""
+    return load_text_encoder(text_directory(config, latents), device, getattr(torch, config.text_dtype))
+
+
+def make_manifest(vae: FirstStage, text: TextEncoder, config: EncodeConfig) -> dict[str, Any]:
     """What latents depend on: if any of it changes, they are stale."""
     return {
         "format": 2,
@@ -51,7 +72,8 @@ def make_manifest(vae: FirstStage, text: TextEncoder, dtype: str) -> dict[str, A
         "pooled_width": text.pooled_width,
         "channels": vae.latent_channels,
         "compression": list(vae.compression),
-        "dtype": dtype,
+        "dtype": config.latent_dtype,
+        "tile": [config.tile, config.tile_overlap] if config.tile else [],
     }
 
 
@@ -71,10 +93,10 @@ def open_facts(latents: Path) -> LatentFacts:
         raise DataError(f"{latents / NULL_TEXT}: {error}; run `megasora encode` again") from None
 
 
-def open_encoders(config: EncodeConfig, latents: Path) -> tuple[FirstStage, TextEncoder]:
+def open_encoders(config: EncodeConfig, latents: Path, device: torch.device) -> tuple[FirstStage, TextEncoder]:
     """Both encoders, to sample with. Raises DataError if they are not those that the latents were made with."""
     manifest = read_manifest(latents)
-    vae, text = open_first_stage(config.vae), load_text_encoder(text_directory(config, latents))
+    vae, text = open_stage(config, device), open_text(config, latents, device)
     for name, encoder in (("vae", vae), ("text", text)):
         if encoder.fingerprint() != manifest[name]:
             raise DataError(f"encode.{name}: not the encoder that {latents} was made with (fingerprints differ)")

@@ -86,7 +86,7 @@ def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[
     settings = replace(config.sample, prompts=config.eval.prompts or config.sample.prompts)
     if objective is None or not (settings.prompts or settings.labels):
         return []
-    stage, text = open_encoders(config.encode, Path(config.data.path))
+    stage, text = open_encoders(config.encode, Path(config.data.path), group.device)
     generator = Generator(engine.model, config.model, objective, config.objective, settings, group.device)
     with engine.averaged():
         return [

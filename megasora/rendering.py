@@ -42,18 +42,18 @@ def render(generator: Generator, stage: FirstStage, prompt: Prompt) -> Iterator[
     settings = generator.settings
     windows = not chunk_of(generator.config) and 0 < settings.window < settings.frames
     shape = first_shape(generator, stage)
-    given = read_given(settings, stage, shape)
+    given = read_given(settings, stage, shape, generator.device)
     if windows:
         stretches: Iterable[Tensor] = generator.extend(
             shape, settings.frames, prompt, given,
-            decode=lambda latent: stage.decode_long(latent[None].cpu())[0],
+            decode=lambda latent: stage.decode_long(latent[None])[0],
             encode=lambda video: stage.encode_long(video[None].clamp(-1, 1))[0][0],
         )  # fmt: skip
     elif chunk_of(generator.config):
-        latents = (chunk[None].cpu() for chunk in generator.rollout(shape, prompt, given))
+        latents = (chunk[None] for chunk in generator.rollout(shape, prompt, given))
         stretches = (video[0] for video in stage.decode_stream(latents))
     else:
-        stretches = [stage.decode_long(generator.generate(shape, prompt, given)[None].cpu())[0]]
+        stretches = [stage.decode_long(generator.generate(shape, prompt, given)[None])[0]]
     for video in stretches:
         yield to_pixels(video).numpy()
 
@@ -72,7 +72,7 @@ def first_shape(generator: Generator, stage: FirstStage) -> LatentShape:
 
 
 @torch.no_grad()
-def read_given(settings: SampleConfig, stage: FirstStage, shape: LatentShape) -> Given | None:
+def read_given(settings: SampleConfig, stage: FirstStage, shape: LatentShape, device: torch.device) -> Given | None:
     """The frames that settings.first, last, loop and extend name, as latents. Raises ConfigError for a file that cannot be."""
     if not (settings.first or settings.last or settings.extend):
         return None
@@ -84,9 +84,9 @@ def read_given(settings: SampleConfig, stage: FirstStage, shape: LatentShape) ->
         except (Undecodable, OSError) as error:
             raise ConfigError(f"sample.{key}={file}: {error}") from None
         pixels = from_pixels(torch.from_numpy(np.repeat(video, repeat, axis=0)))
-        return stage.encode_long(pixels[None])[0][0]  # the mean, [C, T, H, W]
+        return stage.encode_long(pixels[None].to(device))[0][0]  # the mean, [C, T, H, W]
 
-    given = leading(torch.zeros(shape[0], 0, *shape[2:]), shape)
+    given = leading(torch.zeros(shape[0], 0, *shape[2:], device=device), shape)
     if settings.extend:
         given = leading(encode("extend", settings.extend, _extended(settings, T, t)), shape)
     elif settings.first:

@@ -79,7 +79,7 @@ class PixelStage(nn.Module):
         return PIXELS
 
 
-def open_first_stage(path: str) -> FirstStage:
+def open_first_stage(path: str, device: torch.device | str = "cpu") -> FirstStage:
     """The word `pixels`, or a directory: ours, or one of diffusers by the `_class_name` in its config.json. Raises ConfigError
     in the name of encode.vae."""
     if path == PIXELS:
@@ -88,9 +88,9 @@ def open_first_stage(path: str) -> FirstStage:
     try:
         kind = json.loads((directory / "config.json").read_text()).get("_class_name")
         if kind is None:
-            return VideoVAE.load(directory).eval()
+            return VideoVAE.load(directory).eval().to(device)
         if kind in PUBLISHED:
-            return PublishedVAE(directory, kind)
+            return PublishedVAE(directory, kind).to(device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"encode.vae={path}: no VAE here ({reason}); run `megasora train-vae` first") from None

@@ -162,3 +162,30 @@ def decode_tiled_stream(
         grid = latent_grid(vae.compression, (chunk.shape[-2], chunk.shape[-1]), tile, overlap)
         mine = (vae.decode(grid.cut(chunk, i), caches.setdefault(i, {})) for i in split.share(len(grid)))
         yield grid.scaled(vae.compression[1]).join(split.collect(mine, len(grid)))  # [B, 3, T, H, W]
+
+
+class TiledStage:
+    """Our VAE in tiles, where a `FirstStage` is wanted: for pictures whose whole would not fit in memory."""
+
+    def __init__(self, vae: VideoVAE, tile: int, overlap: int, split: Split = ALONE) -> None:
+        """Square tiles of `tile` pixels, sharing `overlap` or more. Raises ValueError starting with tile or overlap."""
+        self.vae, self.how = vae, ((tile, tile), overlap, split)
+        self.latent_channels, self.compression = vae.latent_channels, vae.compression
+        latent_grid(vae.compression, (1, 1), *self.how[:2])
+
+    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        return encode_tiled(self.vae, video, *self.how)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return decode_tiled(self.vae, latent, *self.how)
+
+    encode_long, decode_long = encode, decode
+
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return encode_tiled_stream(self.vae, chunks, *self.how)
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        return decode_tiled_stream(self.vae, chunks, *self.how)
+
+    def fingerprint(self) -> str:
+        return self.vae.fingerprint()

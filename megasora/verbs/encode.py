@@ -21,12 +21,11 @@ from data_pipelines.latent_shards import Encoders, encode_shards, write_whole
 from data_pipelines.shards import ShardSet
 from megasora.cli import add_config_argument
 from megasora.config import Config, load_config
-from megasora.encoders import from_pixels, make_manifest, save_null_text, text_directory
-from megasora.models.first_stage import open_first_stage
-from megasora.models.text import SmallTextEncoder, TextEncoder, load_text_encoder
+from megasora.encoders import from_pixels, make_manifest, open_stage, open_text, save_null_text, text_directory
+from megasora.models.text import SmallTextEncoder, TextEncoder
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
-from megasora.parallel.mesh import rank, world_size
+from megasora.parallel.mesh import pick_device, rank, world_size
 
 TEXT_WIDTH = 128  # of the small encoder, where the model takes no text
 
@@ -48,13 +47,14 @@ def run(args: argparse.Namespace) -> None:
 def encode(config: Config) -> dict[str, dict[str, int]]:
     """Encodes this process's share of the shards (all of them, when it is alone); returns the report."""
     source, output = ShardSet.open(Path(config.encode.input)), Path(config.encode.output)
-    vae = open_first_stage(config.encode.vae)
-    text = open_text(config, source, output)
+    device = pick_device()
+    vae = open_stage(config.encode, device)
+    text = find_text(config, source, output, device)
 
     @torch.no_grad()
     def encode_video(frames: np.ndarray) -> tuple[Tensor, Tensor]:
-        mean, logvar = vae.encode_long(from_pixels(torch.from_numpy(frames))[None])
-        return mean[0], logvar[0]
+        mean, logvar = vae.encode_long(from_pixels(torch.from_numpy(frames).to(device))[None])
+        return mean[0].cpu(), logvar[0].cpu()
 
     def encode_text(caption: str) -> tuple[Tensor, Tensor]:
         encoded = text.encode([caption])[0]
@@ -65,7 +65,7 @@ def encode(config: Config) -> dict[str, dict[str, int]]:
         text=encode_text,
         temporal_compression=vae.compression[0],
         dtype=getattr(torch, config.encode.latent_dtype),
-        manifest=make_manifest(vae, text, config.encode.latent_dtype),
+        manifest=make_manifest(vae, text, config.encode),
     )
     buckets = merge(stage.buckets for stage in config.stages)
     with Progress("encode") as progress:
@@ -75,7 +75,7 @@ def encode(config: Config) -> dict[str, dict[str, int]]:
     return report
 
 
-def open_text(config: Config, source: ShardSet, output: Path) -> TextEncoder:
+def find_text(config: Config, source: ShardSet, output: Path, device: torch.device) -> TextEncoder:
     """The text encoder of encode.text; where none is named, the small one, made from the captions beside the latents."""
     directory = text_directory(config.encode, output)
     if not config.encode.text and not (Path(directory) / "config.json").exists():
@@ -84,7 +84,7 @@ def open_text(config: Config, source: ShardSet, output: Path) -> TextEncoder:
             raise DataError(f"{source.directory}: no readable sample with a caption")
         log.info("making a small text encoder from %d captions", len(captions))
         SmallTextEncoder.create(captions, config.model.text_width or TEXT_WIDTH).save(Path(directory))
-    return load_text_encoder(directory)
+    return open_text(config.encode, output, device)
 
 
 def readable_captions(source: ShardSet) -> Iterator[str]:

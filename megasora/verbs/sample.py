@@ -54,9 +54,9 @@ def sample(config: Config) -> list[Path]:
     if objective is None:
         raise ConfigError(f"model.family={config.model.family}: a classifier makes no videos")
     latents = Path(config.data.path)
-    stage, text = open_encoders(config.encode, latents)
-    prompts = make_prompts(wanted, text)
     device = pick_device()
+    stage, text = open_encoders(config.encode, latents, device)
+    prompts = make_prompts(wanted, text)
     with Progress("sample") as progress:
         ticks = itertools.count(1)
         generator = Generator(

@@ -50,7 +50,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
                      "caption_tokens": len(texts[label].tokens), "label": label}  # fmt: skip
             writer.write({"__key__": f"s{i:03d}", "json": facts, "safetensors": save(tensors)})
     manifest = {"format": 2, "vae": "pixels", "text": encoder.fingerprint(), "text_width": 16, "pooled_width": 16,
-                "channels": 3, "compression": [1, 1, 1], "dtype": "float32"}  # fmt: skip
+                "channels": 3, "compression": [1, 1, 1], "dtype": "float32", "tile": []}  # fmt: skip
     (directory / "latents.json").write_text(json.dumps(manifest))
     null = texts[2]
     save_file({"null_text": null.tokens, "pooled": null.pooled}, directory / "null_text.safetensors")

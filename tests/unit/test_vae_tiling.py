@@ -2,11 +2,15 @@
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from megasora.config import EncodeConfig
+from megasora.encoders import open_stage
+from megasora.errors import ConfigError
 from megasora.models.first_stage import PixelStage
 from megasora.models.vae import VAE_PRESETS, VAEConfig, VideoVAE
 from megasora.models.vae_tiling import (
@@ -175,3 +179,23 @@ def test_tiles_that_do_not_fit_are_errors() -> None:
             latent_grid(vae.compression, (4, 4), tile, overlap)
     with pytest.raises(ValueError, match="5 frames of 20x16"):
         encode_tiled(vae, noise(1, 3, 5, 20, 16), (16, 16), 8)
+
+
+def test_a_config_asks_for_tiles(tmp_path: Path) -> None:
+    vae = build(TINY)
+    vae.save(tmp_path)
+    stage = open_stage(EncodeConfig(vae=str(tmp_path), tile=32, tile_overlap=8), torch.device("cpu"))
+    video = noise(1, 3, 5, 48, 64)
+    mean, _ = stage.encode_long(video)
+    assert torch.equal(mean, encode_tiled(vae, video, (32, 32), 8)[0])
+    assert not torch.equal(mean, vae.encode(video)[0])
+    streamed = torch.cat(list(stage.decode_stream(mean.split(1, dim=2))), dim=2)
+    torch.testing.assert_close(streamed, stage.decode_long(mean), rtol=0, atol=1e-5)
+    assert stage.fingerprint() == vae.fingerprint()
+    for config, line in (
+        (EncodeConfig(vae=str(tmp_path), tile=30), r"encode\.tile=\[30, 30\]: multiples of 8"),
+        (EncodeConfig(vae=str(tmp_path), tile=32, tile_overlap=40), r"encode\.tile_overlap=40: a multiple of 8"),
+        (EncodeConfig(vae="pixels", tile=32), r"encode\.tile=32: tiles are for VAEs of"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            open_stage(config, torch.device("cpu"))
