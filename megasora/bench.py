@@ -15,7 +15,7 @@ from data_pipelines.shards import ShardSet
 from data_pipelines.synthetic import SyntheticLatents
 from megasora import __version__
 from megasora.build import build_engine, build_loader, build_recipe, check_fit
-from megasora.config import Config, to_dict
+from megasora.config import to_dict
 from megasora.encoders import LatentFacts, open_facts
 from megasora.errors import CheckFailed, ConfigError
 from megasora.microbatch import build_microbatch, training_loss
@@ -23,6 +23,7 @@ from megasora.models.text import Text
 from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.parallel.mesh import Processes, processes
+from megasora.schema import Config
 
 TEXT_TOKENS = 64  # of a synthetic caption
 PARTS = ("data_wait", "microbatch", "forward_backward", "clip", "update")

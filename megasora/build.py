@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from data_pipelines.buckets import Bucket, buckets_of
 from data_pipelines.loader import LatentLoader, LatentSource
-from megasora.config import Config, Stage
 from megasora.diffusion.objective import Objective, build_objective
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import Engine, TorchNative
@@ -19,6 +18,7 @@ from megasora.models.families import build_model, chunk_of
 from megasora.models.flops import training_flops
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
+from megasora.schema import Config, Stage
 from megasora.seeding import fold
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from data_pipelines.errors import DataError
 from data_pipelines.latent_shards import read_manifest
-from megasora.config import EncodeConfig
 from megasora.errors import ConfigError
 from megasora.models.first_stage import FirstStage, open_first_stage
 from megasora.models.text import Text, TextEncoder, load_text_encoder
 from megasora.models.vae import VideoVAE
 from megasora.models.vae_tiling import TiledStage
+from megasora.schema import EncodeConfig
 
 NULL_TEXT = "null_text.safetensors"
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from data_pipelines.loader import LatentSource
 from data_pipelines.shards import ShardSet
 from megasora.build import build_loader, build_recipe, find_objective
-from megasora.config import Config, EvalConfig, Stage
 from megasora.encoders import LatentFacts, open_encoders, open_facts
 from megasora.engines.torch_native import Engine
 from megasora.errors import ConfigError
@@ -24,6 +23,7 @@ from megasora.observe.scores import clip_score, fvd
 from megasora.parallel.mesh import Processes
 from megasora.rendering import make_prompts, render
 from megasora.sampling import Generator
+from megasora.schema import Config, EvalConfig, Stage
 from megasora.seeding import fold
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from data_pipelines.video import Mp4Writer, Undecodable, contact_sheet, decode, probe
-from megasora.config import SampleConfig
 from megasora.encoders import from_pixels, to_pixels
 from megasora.errors import ConfigError
 from megasora.models.families import chunk_of
 from megasora.models.first_stage import FirstStage
 from megasora.models.text import TextEncoder
 from megasora.sampling import Generator, Given, LatentShape, Prompt, latent_shape, leading
+from megasora.schema import SampleConfig
 
 SHEET_COLUMNS = 6  # frames of a video on the contact sheet
 

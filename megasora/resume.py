@@ -8,11 +8,12 @@ from data_pipelines.errors import DataError
 from megasora.checkpoint.directory import list_checkpoints
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.checkpoint.manifest import MANIFEST, Problem
-from megasora.config import Config, flatten, to_dict
+from megasora.config import flatten, to_dict
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckpointError, ConfigError
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, read_lines
+from megasora.schema import Config
 
 # Sections and keys that may differ between a checkpoint and the run that resumes it, because losses do not depend on them.
 # data.path may move: the index's fingerprint is what counts.

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megasora.config import SampleConfig
 from megasora.diffusion.objective import Objective
 from megasora.diffusion.samplers import SAMPLERS, Sampler, guidance_at, guide
 from megasora.errors import ConfigError
@@ -19,6 +18,7 @@ from megasora.models.base import Cache
 from megasora.models.families import AnyModelConfig, chunk_of, window_of
 from megasora.models.packing import Item, Patch, in_patches, pack, patchify, unpatchify
 from megasora.models.text import Text
+from megasora.schema import SampleConfig
 from megasora.seeding import normal
 
 LatentShape = tuple[int, int, int, int]  # C, T, H, W

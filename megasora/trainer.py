@@ -19,7 +19,7 @@ from data_pipelines.shards import ShardSet
 from megasora.build import build_engine, build_loader, build_recipe, check_fit, open_run_directory
 from megasora.checkpoint.save import prune, save
 from megasora.cluster.signals import StopRequest, stop_on_signal
-from megasora.config import Config, Stage, to_dict
+from megasora.config import to_dict
 from megasora.encoders import open_facts
 from megasora.engines.optim import learning_rate
 from megasora.errors import StoppedEarly
@@ -31,6 +31,7 @@ from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.parallel.mesh import Processes, processes
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start
+from megasora.schema import Config, Stage
 
 MAX_SKIPPED = 20  # steps in a row, before a run that learns nothing is ended
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from megasora_kernels.layernorm_modulate import spread
+from megasora_kernels.layernorm_modulate import layernorm_modulate, spread
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention
@@ -79,6 +79,21 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(width_in, hidden), activation, nn.Linear(hidden, width_out))
 
 
+class TableHead(nn.Module):
+    """LayerNorm modulated by the timestep plus a table of its own, and the projection back to patches (PixArt, STDiT, Wan)."""
+
+    def __init__(self, width: int, outputs: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.out = nn.Linear(width, outputs)
+        self.modulation = nn.Parameter(torch.zeros(2, width))
+
+    def forward(self, x: Tensor, time: Tensor, run: Tensor) -> Tensor:
+        """x [L, D], time [R, D] fp32, the run of each token [L] -> [L, outputs]."""
+        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)  # two [R, D]
+        return self.out(layernorm_modulate(x, scale, shift, run, self.eps))
+
+
 class Modulation(nn.Linear):
     """SiLU and a linear layer from a condition to `parts` modulations, in fp32 whatever the type of its weights."""
 
@@ -135,3 +150,15 @@ def first_part(joint: Tensor, of_x: Segments, of_y: Segments) -> Tensor:
     """[L + M, D] -> [L, D]: the x of `join`."""
     lengths = [length for pair in zip(of_x.lengths, of_y.lengths, strict=True) for length in pair]
     return torch.cat(joint.split(lengths)[::2])
+
+
+def init_linears_and_norms(model: nn.Module) -> None:
+    """Xavier for linears, their biases zero; norms one. What a family wants otherwise it sets afterwards."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
 from megasora.models.base import ModelConfig
-from megasora.models.layers import MLP, LayerNorm, Modulation, RMSNorm, axial_angles, gated, rotate, timestep_embedding
+from megasora.models.layers import (
+    MLP,
+    Modulation,
+    RMSNorm,
+    axial_angles,
+    gated,
+    init_linears_and_norms,
+    rotate,
+    timestep_embedding,
+)
 from megasora.models.packing import PackedRow, Segments, Shape
 from megasora.models.token_refiner import TokenRefiner
 
@@ -247,14 +256,8 @@ class MMDiT(nn.Module):
 
     def init_weights(self) -> None:
         """Xavier for linears; zero for modulations and the head's output, so that every block starts as the identity."""
+        init_linears_and_norms(self)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm | LayerNorm):
-                nn.init.ones_(module.weight)
-                if isinstance(module, LayerNorm):
-                    nn.init.zeros_(module.bias)
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.weight)
         nn.init.zeros_(self.head.out.weight)

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
 from megasora.models.base import ModelConfig
-from megasora.models.layers import MLP, RMSNorm, axial_angles, gated, rotate, sincos_axis, timestep_embedding
+from megasora.models.layers import (
+    MLP,
+    RMSNorm,
+    TableHead,
+    axial_angles,
+    gated,
+    init_linears_and_norms,
+    rotate,
+    sincos_axis,
+    timestep_embedding,
+)
 from megasora.models.packing import PackedRow, Segments, Shape
 
 
@@ -187,20 +197,6 @@ class Pair(nn.Module):
         return self.time(x, text, modulation, angles, row, time, attention)  # [L, D]
 
 
-class Head(nn.Module):
-    """Modulated LayerNorm and the projection back to patches."""
-
-    def __init__(self, config: STDiTConfig) -> None:
-        super().__init__()
-        self.eps = config.eps
-        self.out = nn.Linear(config.width, config.output_values)
-        self.modulation = nn.Parameter(torch.zeros(2, config.width))
-
-    def forward(self, x: Tensor, time: Tensor, run: Tensor) -> Tensor:
-        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)  # two [R, D]
-        return self.out(layernorm_modulate(x, scale, shift, run, self.eps))  # [L, output_values]
-
-
 class STDiT(nn.Module):
     """Predicts, for every patch of a packed row, what the objective asks for."""
 
@@ -215,18 +211,14 @@ class STDiT(nn.Module):
         self.fps_embed = MLP(256, D, D, nn.SiLU()) if config.fps_condition else None
         self.time_modulation = nn.Linear(D, 6 * D)
         self.blocks = nn.ModuleList(Pair(config) for _ in range(config.depth))
-        self.head = Head(config)
+        self.head = TableHead(D, config.output_values, config.eps)
 
     def init_weights(self) -> None:
         """As Open-Sora 1.2: Xavier for linears, tables of variance 1/D, torch's own for the patches. What temporal blocks add
         starts at zero: frames do not see each other yet, as in the image model that they start from."""
+        init_linears_and_norms(self)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, Block | Head):
+            if isinstance(module, Block | TableHead):
                 nn.init.normal_(module.modulation, std=self.config.width**-0.5)
         self.patch_embed.reset_parameters()
         zero_at_first = ("self_attention.out.weight", "cross_attention.out.weight", "mlp.2.weight")

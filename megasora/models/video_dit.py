@@ -20,7 +20,9 @@ from megasora.models.layers import (
     MLP,
     LayerNorm,
     RMSNorm,
+    TableHead,
     gated,
+    init_linears_and_norms,
     rotary_angles,
     rotate,
     sincos_embedding,
@@ -136,20 +138,6 @@ class Block(nn.Module):
         return gated(x, y, gate2, run)
 
 
-class Head(nn.Module):
-    """Modulated LayerNorm and the projection back to patches."""
-
-    def __init__(self, config: VideoDiTConfig) -> None:
-        super().__init__()
-        self.eps = config.eps
-        self.out = nn.Linear(config.width, config.output_values)
-        self.modulation = nn.Parameter(torch.zeros(2, config.width))
-
-    def forward(self, x: Tensor, time: Tensor, run: Tensor) -> Tensor:
-        shift, scale = (self.modulation.float() + time[:, None]).unbind(1)  # two [R, D]
-        return self.out(layernorm_modulate(x, scale, shift, run, self.eps))  # [L, P]
-
-
 class VideoDiT(nn.Module):
     """Predicts, for every patch of a packed row, what the objective asks for (velocity in rectified flow)."""
 
@@ -163,19 +151,13 @@ class VideoDiT(nn.Module):
         self.time_embed = MLP(256, D, D, nn.SiLU())
         self.time_modulation = nn.Linear(D, 6 * D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head = Head(config)
+        self.head = TableHead(D, config.output_values, config.eps)
 
     def init_weights(self) -> None:
         """Xavier for linears; zero for what adaLN-zero starts at zero: gates, cross-attention's and the head's output."""
+        init_linears_and_norms(self)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm | LayerNorm):
-                nn.init.ones_(module.weight)
-                if isinstance(module, LayerNorm):
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Block | Head):
+            if isinstance(module, Block | TableHead):
                 nn.init.zeros_(module.modulation)
         for name, parameter in self.named_parameters():
             if name.startswith(("time_modulation.", "head.out.")) or ".cross_attention.out." in name:

@@ -20,12 +20,13 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.latent_shards import Encoders, encode_shards, write_whole
 from data_pipelines.shards import ShardSet
 from megasora.cli import add_config_argument
-from megasora.config import Config, load_config
+from megasora.config import load_config
 from megasora.encoders import from_pixels, make_manifest, open_stage, open_text, save_null_text, text_directory
 from megasora.models.text import SmallTextEncoder, TextEncoder
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import pick_device, rank, world_size
+from megasora.schema import Config
 
 TEXT_WIDTH = 128  # of the small encoder, where the model takes no text
 

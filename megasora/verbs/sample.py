@@ -17,7 +17,7 @@ from torch import nn
 from megasora.build import find_objective
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.cli import add_config_argument
-from megasora.config import Config, load_config
+from megasora.config import load_config
 from megasora.encoders import open_encoders
 from megasora.errors import CheckpointError, ConfigError
 from megasora.models.families import build_model, chunk_of
@@ -28,6 +28,7 @@ from megasora.observe.progress import Progress
 from megasora.parallel.mesh import pick_device
 from megasora.rendering import first_shape, make_prompts, render, write_sheet, write_video
 from megasora.sampling import Generator
+from megasora.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

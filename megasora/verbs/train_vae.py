@@ -23,12 +23,13 @@ from data_pipelines.order import epochs
 from data_pipelines.shards import ShardSet
 from data_pipelines.video import Undecodable, decode
 from megasora.cli import add_config_argument
-from megasora.config import Config, load_config
+from megasora.config import load_config
 from megasora.errors import ConfigError
 from megasora.models.vae import VideoVAE
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import pick_device
+from megasora.schema import Config
 from megasora.seeding import fold
 from megasora.vae_training import train_vae
 

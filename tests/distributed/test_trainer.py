@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megasora import trainer as module
-from megasora.config import Config, Stage
+from megasora.schema import Config, Stage
 from megasora.trainer import Trainer
 from tests.harness import run_distributed
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from megasora.cli import main
-from megasora.config import Config, flatten, load_config, to_dict
+from megasora.config import flatten, load_config, to_dict
 from megasora.errors import ConfigError
+from megasora.schema import Config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

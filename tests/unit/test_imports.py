@@ -15,6 +15,7 @@ LAYERS = [
     ("megasora.rendering",),
     ("megasora.build", "megasora.resume", "megasora.sampling", "megasora.encoders"),
     ("megasora.config",),
+    ("megasora.schema",),
     ("megasora.microbatch",),
     ("megasora.vae_training",),
     ("megasora.engines", "megasora.checkpoint", "megasora.observe", "megasora.cluster"),

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from data_pipelines.video import decode, encode_mp4, probe
-from megasora.config import SampleConfig
 from megasora.encoders import from_pixels
 from megasora.errors import ConfigError
 from megasora.models.first_stage import FirstStage
@@ -16,6 +15,7 @@ from megasora.models.text import Text
 from megasora.models.vae import VAEConfig
 from megasora.rendering import make_prompts, read_given, write_video
 from megasora.sampling import Given
+from megasora.schema import SampleConfig
 from tests.unit.test_vae import build
 
 SHAPE = (16, 5, 4, 6)  # of 17 frames of 32x48

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megasora.config import SampleConfig
 from megasora.diffusion.flow import FlowConfig
 from megasora.diffusion.gaussian import GaussianConfig
 from megasora.diffusion.objective import build_objective
@@ -16,6 +15,7 @@ from megasora.models.packing import PackedRow
 from megasora.models.text import Text
 from megasora.models.video_dit import VideoDiT, VideoDiTConfig
 from megasora.sampling import Generator, Prompt, latent_shape, leading
+from megasora.schema import SampleConfig
 
 CONFIG = VideoDiTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, text_width=24)
 CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasora.config import EncodeConfig
 from megasora.encoders import open_stage
 from megasora.errors import ConfigError
 from megasora.models.first_stage import PixelStage
@@ -24,6 +23,7 @@ from megasora.models.vae_tiling import (
     latent_grid,
     tile_starts,
 )
+from megasora.schema import EncodeConfig
 from megasora.vae_training import TrainVAEConfig, train_vae
 from tests.unit.test_vae import build, noise, peak
 
