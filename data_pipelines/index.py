@@ -12,13 +12,15 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
+from dataclasses import asdict, astuple, dataclass, field
+from io import BytesIO
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
+import xxhash
 
 from data_pipelines.errors import DataError
+from data_pipelines.storage import Storage
 from data_pipelines.video import Undecodable, probe
 
 MEDIA = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "jpg", "jpeg", "png", "webp"})
@@ -36,8 +38,11 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("caption_tokens", pa.int32()),
+        ("variant", pa.int16()),
+        ("scores", pa.map_(pa.string(), pa.float32())),
     ]
 )
+DIGEST = b"rows_xxh3"  # in the schema's metadata
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Row:
     height: int
     width: int
     caption_tokens: int  # -1: unknown
+    variant: int = 0  # of the sizes in which a sample was encoded, which stand side by side; 0 begins a sample
+    scores: dict[str, float] = field(default_factory=dict)  # what `prepare` measured
 
 
 @dataclass(frozen=True)
@@ -121,25 +128,25 @@ def _refusal(info: tarfile.TarInfo, suffix: str) -> str | None:
     return None
 
 
-def scan_tar(path: Path) -> tuple[list[Row], list[Problem]]:
+def scan_tar(file: BinaryIO) -> tuple[list[Row], list[Problem]]:
     """The index of a tar, by its headers and its KEY.json. Only a sample without usable KEY.json is decoded.
 
     A sample is a run of members of one key, as in webdataset. One that has a refused member is refused as a whole.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        seen: set[str] = set()
-        for group in _groups(members(file, size, end_mark=True), problems):
-            found = _index(file, group, size)
-            if isinstance(found, Row) and found.key in seen:
-                found = Problem(found.key, "duplicate key")
-            if isinstance(found, Row):
-                seen.add(found.key)
-                rows.append(found)
-            else:
-                problems.append(found)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    seen: set[str] = set()
+    for group in _groups(members(file, size, end_mark=True), problems):
+        found = _index(file, group, size)
+        if isinstance(found, Row) and found.key in seen:
+            found = Problem(found.key, "duplicate key")
+        if isinstance(found, Row):
+            seen.add(found.key)
+            rows.append(found)
+        else:
+            problems.append(found)
     return rows, sorted(problems, key=lambda problem: problem.key == "")
 
 
@@ -187,7 +194,7 @@ def _index(file: BinaryIO, group: list[Member], size: int) -> Row | Problem:
             about = asdict(probe(content(media[0])))
         except Undecodable:
             return Problem(key, "undecodable")
-    tokens = about.get("caption_tokens", -1)
+    tokens, variant = about.get("caption_tokens", -1), about.get("variant", 0)
     return Row(
         key=key,
         offset=group[0].start,
@@ -198,7 +205,17 @@ def _index(file: BinaryIO, group: list[Member], size: int) -> Row | Problem:
         height=about["height"],
         width=about["width"],
         caption_tokens=tokens if _is_count(tokens) else -1,
+        variant=variant if _is_count(variant) and variant < 2**15 else 0,
+        scores=_scores(about.get("scores")),
     )
+
+
+def _scores(found: object) -> dict[str, float]:
+    """{name: finite number} and nothing else."""
+    if not isinstance(found, dict):
+        return {}
+    numbers = {k: v for k, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return {name: float(value) for name, value in sorted(numbers.items())}
 
 
 def read_metadata(content: bytes) -> dict[str, Any] | None:
@@ -216,39 +233,40 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def index_shard(tar: Path) -> dict[str, Any]:
+def index_shard(storage: Storage, tar: str) -> dict[str, Any]:
     """Scans one tar and writes its index beside it.
 
     Returns {"samples", "problems": {reason: count}, "examples": {reason: [keys]}}.
     """
-    rows, problems = scan_tar(tar)
-    write_index(rows, tar.with_suffix(".arrow"))
+    with storage.open(tar) as file:
+        rows, problems = scan_tar(file)
+    storage.write(index_name(tar), index_bytes(rows))
     examples: dict[str, list[str]] = {}
     for problem in problems:
         kept = examples.setdefault(problem.reason, [])
         if len(kept) < 5:
-            kept.append(f"{tar.name}:{problem.key}")
+            kept.append(f"{tar}:{problem.key}")
     counts = Counter(problem.reason for problem in problems)
     return {"samples": len(rows), "problems": dict(sorted(counts.items())), "examples": examples}
 
 
-def index_directory(directory: Path, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+def index_directory(storage: Storage, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
     """`index_shard` for every tar of a directory; progress(done, all, name). One report over all, with "shards".
 
     Raises `DataError` where there is no tar or no usable sample.
     """
-    tars = list_tars(directory)
+    tars = list_tars(storage)
     report: dict[str, Any] = {"shards": len(tars), "samples": 0, "problems": {}, "examples": {}}
     for done, tar in enumerate(tars):
-        progress(done, len(tars), tar.name)
-        one = index_shard(tar)
+        progress(done, len(tars), tar)
+        one = index_shard(storage, tar)
         report["samples"] += one["samples"]
         for reason, count in one["problems"].items():
             report["problems"][reason] = report["problems"].get(reason, 0) + count
             report["examples"][reason] = (report["examples"].get(reason, []) + one["examples"][reason])[:5]
     progress(len(tars), len(tars), "")
     if not report["samples"]:
-        raise DataError(f"{directory}: no usable sample in {len(tars)} tars ({describe(report['problems'])})")
+        raise DataError(f"{storage.address}: no usable sample in {len(tars)} tars ({describe(report['problems'])})")
     return report
 
 
@@ -257,50 +275,51 @@ def describe(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "nothing found"
 
 
-def list_tars(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory")
-    tars = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
+def list_tars(storage: Storage, names: list[str] | None = None) -> list[str]:
+    tars = [name for name in (storage.names() if names is None else names) if name.endswith(".tar")]
     if not tars:
-        raise DataError(f"{directory}: no shard (*.tar) in it")
+        raise DataError(f"{storage.address}: no shard (*.tar) in it")
     return tars
 
 
-def write_index(rows: list[Row], path: Path) -> None:
-    columns = list(zip(*map(astuple, rows), strict=True)) if rows else [()] * len(SCHEMA)
-    table = pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
-    )
-    hidden = path.with_name(f".{path.name}.tmp")
-    with hidden.open("wb") as file:
-        with pa.ipc.new_file(file, SCHEMA) as writer:
-            writer.write_table(table.combine_chunks())
-        sync(file)
-    hidden.replace(path)
-    sync_directory(path.parent)
+def index_name(tar: str) -> str:
+    return tar.removesuffix(".tar") + ".arrow"
 
 
-def sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def index_bytes(rows: list[Row]) -> bytes:
+    """The Arrow file of an index, with a digest of its rows."""
+    digest = xxhash.xxh3_64()
+    for row in rows:
+        digest.update(repr(astuple(row)).encode())
+    columns = list(zip(*(_values(row) for row in rows), strict=True)) if rows else [()] * len(SCHEMA)
+    schema = SCHEMA.with_metadata({DIGEST: digest.hexdigest().encode()})
+    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
+    table = pa.table(arrays, schema=schema)
+    content = BytesIO()
+    with pa.ipc.new_file(content, schema) as writer:
+        writer.write_table(table)
+    return content.getvalue()
 
 
-def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _values(row: Row) -> tuple[Any, ...]:
+    return (*astuple(row)[:-1], list(row.scores.items()))
+
+
+def row_of(table: pa.Table, place: int) -> Row:
+    values = [column[place].as_py() for column in table.columns]
+    return Row(*values[:-1], scores=dict(values[-1]))
+
+
+def read_index(storage: Storage, tar: str) -> pa.Table:
+    """The index of a tar, mapped into memory. Raises `DataError`."""
+    path = f"{storage.address}/{index_name(tar)}"
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_index(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise DataError(f"{path}: missing; `megasora index` writes the index of a tar")
-    try:
-        with pa.memory_map(str(path)) as file:  # the mapping outlives the file
+        with storage.mapped(index_name(tar)) as file:  # the mapping outlives the file
             table = pa.ipc.open_file(file).read_all()
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; `megasora index` writes the index of a tar") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged index; write it again with `megasora index`") from error
-    if table.schema != SCHEMA:
+    if not table.schema.equals(SCHEMA) or DIGEST not in (table.schema.metadata or {}):
         raise DataError(f"{path}: an index with other columns; write it again with `megasora index`")
     return table

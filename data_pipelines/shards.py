@@ -8,35 +8,38 @@ one pread. KEY.json carries what the index shows, and a checksum of the other me
 from __future__ import annotations
 
 import json
-import os
 import re
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from webdataset import TarWriter
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import (
+    DIGEST,
     Row,
     TornTar,
+    index_bytes,
+    index_name,
     list_tars,
     members,
     read_index,
     read_metadata,
+    row_of,
     scan_tar,
-    sync,
-    sync_directory,
-    write_index,
 )
+from data_pipelines.storage import CacheConfig, Directory, Storage, open_storage, sync, sync_directory
 
 CHECKSUM = "members_xxh3"  # in KEY.json
 KEY = re.compile(r"[\w@-]+(/[\w@-]+)*", re.ASCII)
@@ -99,10 +102,11 @@ class ShardFile:
     def _publish(self) -> None:
         self._tar.close()
         sync(self._file)
-        rows, problems = scan_tar(self._hidden)
+        with self._hidden.open("rb") as file:
+            rows, problems = scan_tar(file)
         if problems or len(rows) != self.samples:
             raise DataError(f"{self.path}: written {self.samples} samples, found {len(rows)} ({problems[:1]})")
-        write_index(rows, self.path.with_suffix(".arrow"))
+        Directory(self.path.parent).write(index_name(self.path.name), index_bytes(rows))
         self._hidden.replace(self.path)
         sync_directory(self.path.parent)
 
@@ -156,93 +160,95 @@ def _checksum(payload: dict[str, bytes]) -> str:
     return state.hexdigest()
 
 
-class _Descriptor:
-    """An open file. It closes when nobody holds it any more, so a reader may outlive its place in the cache."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
-
-
 class ShardSet:
     """All shards of a directory in name order, as one sequence of samples. Reads are thread-safe."""
 
-    OPEN_FILES = 64
-
-    def __init__(self, directory: Path, tars: list[Path], tables: list[pa.Table]) -> None:
-        self.directory = directory
-        self.table: pa.Table = pa.concat_tables(tables)
-        self._tars, self._tables = tars, tables
+    def __init__(self, storage: Storage, tars: list[str], tables: list[pa.Table], cache: CacheConfig | None) -> None:
+        self.storage, self.tars = storage, tuple(tars)
+        self._tables, self._cache = tables, cache
         self._starts = [0, *accumulate(table.num_rows for table in tables)]
-        self._files: OrderedDict[int, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, directory: Path) -> ShardSet:
-        """Raises `DataError` where there is no directory, no shard, no sample, or a tar without index (or the reverse)."""
-        tars = list_tars(directory)
-        alone = {path.stem for path in directory.glob("*.arrow") if not path.name.startswith(".")}
-        alone -= {tar.stem for tar in tars}
+    def open(cls, address: str | Path, cache: CacheConfig | None = None) -> ShardSet:
+        """Of a directory, or of an address that fsspec opens, through the cache.
+
+        Raises `DataError` where there is no directory, no shard, no sample, or a tar without index (or the reverse).
+        """
+        storage = open_storage(address, cache)
+        names = storage.names()
+        tars = list_tars(storage, names)
+        alone = {name for name in names if name.endswith(".arrow")} - {index_name(tar) for tar in tars}
         if alone:
             raise DataError(
-                f"{directory / min(alone)}.arrow: its tar is missing; write the shards again or delete the index"
+                f"{storage.address}/{min(alone)}: its tar is missing; write the shards again or delete the index"
             )
-        shards = cls(directory, tars, [read_index(tar.with_suffix(".arrow")) for tar in tars])
+        with ThreadPoolExecutor(32) as pool:
+            shards = cls(storage, tars, list(pool.map(partial(read_index, storage), tars)), cache)
         if not len(shards):
-            raise DataError(f"{directory}: no sample in its {len(tars)} shards")
+            raise DataError(f"{storage.address}: no sample in its {len(tars)} shards")
         return shards
+
+    @property
+    def address(self) -> str:
+        return self.storage.address
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet.open, (self.directory,)
+        return ShardSet.open, (self.address, self._cache)
 
     @cached_property
     def fingerprint(self) -> str:
         """xxh3 over the shards' names and indexes: another one when any sample changes place, key, size or shape."""
-        state = xxhash.xxh3_64()
-        for tar, table in zip(self._tars, self._tables, strict=True):
-            state.update(f"{tar.name}\0{table.num_rows}\0".encode())
-            for column in table.columns:
-                for value in column.chunks:
-                    _hash_array(state, value)
-        return state.hexdigest()
+        return xxhash.xxh3_64_hexdigest(repr(sorted(self.digests.items())).encode())
 
     @property
-    def tars(self) -> tuple[Path, ...]:
-        return tuple(self._tars)
+    def digests(self) -> dict[str, str]:
+        """Of each shard the number of its samples and the digest of their rows."""
+        return {
+            tar: f"{table.num_rows} {table.schema.metadata[DIGEST].decode()}"
+            for tar, table in zip(self.tars, self._tables, strict=True)
+        }
 
     def rows_of(self, shard: int) -> range:
         """The samples of one shard, by its place in `tars`."""
         return range(self._starts[shard], self._starts[shard + 1])
 
+    def columns(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """Numeric columns, or scores by `scores.NAME` (NaN where there is none), of one shard after the other."""
+        for table in self._tables:
+            yield tuple(_column(table, name) for name in names)
+
     def key(self, index: int) -> str:
         shard, place = self._place(index)
         return self._tables[shard].column("key")[place].as_py()
 
+    def value(self, index: int, column: str) -> Any:
+        shard, place = self._place(index)
+        return self._tables[shard].column(column)[place].as_py()
+
     def row(self, index: int) -> Row:
         shard, place = self._place(index)
-        return Row(*(column[place].as_py() for column in self._tables[shard].columns))
+        return row_of(self._tables[shard], place)
+
+    def shard_of(self, index: int) -> str:
+        """The tar that a sample lies in."""
+        return self.tars[self._place(index)[0]]
 
     def read(self, index: int) -> dict[str, bytes]:
-        """The sample's members by suffix, such as {"mp4": ..., "txt": ..., "json": ...}, with one pread.
+        """The sample's members by suffix, such as {"mp4": ..., "txt": ..., "json": ...}, with one read of a range.
 
         Raises `BadSample` when the tar is short, damaged, another one than was indexed, or cannot be read.
         """
         row = self.row(index)
-        shard, _ = self._place(index)
-        tar = self._tars[shard]
+        tar = self.shard_of(index)
         try:
-            content = _pread(self._file(shard), row.length, row.offset)
+            content = self.storage.read(tar, row.offset, row.length)
         except OSError as error:
-            raise BadSample(row.key, f"cannot read {tar.name} ({error.strerror})") from error
+            raise BadSample(row.key, f"cannot read {tar} ({error.strerror or error})") from error
         if len(content) < row.length:
-            raise BadSample(row.key, f"{tar.name} is truncated")
+            raise BadSample(row.key, f"{tar} is truncated")
         payload: dict[str, bytes] = {}
         end = 0
         try:
@@ -252,9 +258,9 @@ class ShardSet:
                 payload[member.suffix] = content[member.data : member.data + member.size]
                 end = member.end
         except TornTar as error:
-            raise BadSample(row.key, f"{tar.name} is not as it was indexed ({error})") from error
+            raise BadSample(row.key, f"{tar} is not as it was indexed ({error})") from error
         if end != row.length:
-            raise BadSample(row.key, f"{tar.name} is not as it was indexed (another length)")
+            raise BadSample(row.key, f"{tar} is not as it was indexed (another length)")
         _verify(row.key, payload)
         return payload
 
@@ -264,22 +270,12 @@ class ShardSet:
         shard = bisect_right(self._starts, index) - 1
         return shard, index - self._starts[shard]
 
-    def _file(self, shard: int) -> _Descriptor:
-        with self._lock:
-            file = self._files.pop(shard, None) or _Descriptor(self._tars[shard])
-            self._files[shard] = file
-            if len(self._files) > self.OPEN_FILES:
-                self._files.popitem(last=False)
-        return file
 
-
-def _pread(file: _Descriptor, length: int, offset: int) -> bytes:
-    """All of it, or up to the end of the file: one call of the system gives at most 2 GiB."""
-    parts: list[bytes] = []
-    while length and (part := os.pread(file.number, length, offset)):
-        parts.append(part)
-        length, offset = length - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    if name.startswith("scores."):
+        values = pc.map_lookup(table.column("scores"), name.removeprefix("scores."), "first")
+        return pc.fill_null(values, float("nan")).to_numpy()
+    return table.column(name).to_numpy()
 
 
 def _verify(key: str, payload: dict[str, bytes]) -> None:
@@ -289,14 +285,3 @@ def _verify(key: str, payload: dict[str, bytes]) -> None:
         return  # not written by us
     if _checksum({suffix: value for suffix, value in payload.items() if suffix != "json"}) != expected:
         raise BadSample(key, "its bytes do not match their checksum")
-
-
-def _hash_array(state: Any, values: pa.Array) -> None:
-    """By value, whatever the padding of the buffers."""
-    if not pa.types.is_string(values.type):
-        state.update(values.to_numpy())
-        return
-    _, offsets, data = values.buffers()
-    ends = memoryview(offsets).cast("i")[values.offset : values.offset + len(values) + 1]
-    state.update(ends)
-    state.update(memoryview(data or b"")[ends[0] : ends[-1]])

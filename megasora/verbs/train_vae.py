@@ -110,7 +110,7 @@ class RandomCrops:
         if not clips:
             why = next(iter(self.bad.values()), "too short or too small")
             raise DataError(
-                f"{self.shards.directory}: no sample of {frames} frames and {self.size} pixels a side ({why})"
+                f"{self.shards.address}: no sample of {frames} frames and {self.size} pixels a side ({why})"
             )
         clips = list(islice(cycle(clips), batch))  # again, where there are fewer samples than a batch
         return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1

@@ -12,8 +12,9 @@ import pytest
 import webdataset
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import index_directory, index_shard, scan_tar
+from data_pipelines.index import Problem, Row, index_directory, index_shard, scan_tar
 from data_pipelines.shards import ShardFile, ShardSet, ShardWriter
+from data_pipelines.storage import Directory, open_storage
 from tests.clips import numbered, video_bytes
 
 
@@ -33,6 +34,11 @@ def write(directory: Path, count: int, **options: int) -> ShardSet:
         for number in range(count):
             writer.write(sample(number, caption_tokens=number))
     return ShardSet.open(directory)
+
+
+def scan(tar: Path) -> tuple[list[Row], list[Problem]]:
+    with tar.open("rb") as file:
+        return scan_tar(file)
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes = b"x", **fields: object) -> None:
@@ -58,7 +64,7 @@ def test_what_is_written_is_read(tmp_path):
         f"shard-00000{shard}.{suffix}" for shard in range(3) for suffix in ("arrow", "tar")
     ]
     assert len(shards) == 10
-    assert [path.name for path in shards.tars] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    assert list(shards.tars) == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert [list(shards.rows_of(shard)) for shard in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     for number in range(10):
         row = shards.row(number)
@@ -70,7 +76,7 @@ def test_what_is_written_is_read(tmp_path):
         assert read["mp4"] == wanted["mp4"]
         assert read["txt"].decode() == wanted["txt"]
         assert json.loads(read["json"]).items() >= wanted["json"].items()
-    assert shards.table.column("frames").to_pylist() == list(range(17, 27))
+    assert [n for (frames,) in shards.columns("frames") for n in frames] == list(range(17, 27))
     for index in (-1, 10):
         with pytest.raises(IndexError):
             shards.read(index)
@@ -168,7 +174,7 @@ def test_a_truncated_tar_costs_the_samples_that_it_lost(tmp_path):
     for index in (4, 5):
         with pytest.raises(BadSample, match=r"clip-00[45]: shard-000000\.tar is truncated"):
             shards.read(index)
-    report = index_shard(tar)
+    report = index_shard(open_storage(tmp_path), tar.name)
     assert report["samples"] == 4
     assert report["problems"] == {"truncated tar": 1, "no video, image or latents": 1} or report["problems"] == {
         "truncated tar": 1,
@@ -184,12 +190,12 @@ def test_every_cut_yields_the_samples_before_it_and_says_that_it_was_cut(tmp_pat
     for cut in range(0, ends[-1] + 1, 128):
         tar = tmp_path / "cut.tar"
         tar.write_bytes(whole[:cut])
-        rows, problems = scan_tar(tar)
+        rows, problems = scan(tar)
         assert len(rows) == sum(end <= cut for end in ends), cut
         assert problems[-1].key == "", cut
         assert problems[-1].reason in ("truncated tar", "not a plain tar"), cut
     (tmp_path / "cut.tar").write_bytes(whole[: ends[-1] + 1024])
-    assert scan_tar(tmp_path / "cut.tar") == (scan_tar(tmp_path / "whole" / "shard-000000.tar")[0], [])
+    assert scan(tmp_path / "cut.tar") == (scan(tmp_path / "whole" / "shard-000000.tar")[0], [])
 
 
 def test_damage_is_found_when_read(tmp_path):
@@ -273,7 +279,7 @@ def test_unsafe_and_useless_members_are_refused_and_counted(tmp_path):
         add_sample(tar, "k" * 200)
         add_sample(tar, "good-1")
         add_sample(tar, "last")
-    rows, problems = scan_tar(path)
+    rows, problems = scan(path)
     assert [row.key for row in rows] == ["good-1", "k" * 200, "last"]
     assert {problem.key: problem.reason for problem in problems} == {
         "../outside": "unsafe path",
@@ -292,7 +298,7 @@ def test_unsafe_and_useless_members_are_refused_and_counted(tmp_path):
         "rubbish": "undecodable",
         "good-1": "duplicate key",
     }
-    report = index_directory(tmp_path, lambda *_: None)
+    report = index_directory(open_storage(tmp_path), lambda *_: None)
     assert (report["shards"], report["samples"], sum(report["problems"].values())) == (1, 3, 15)
     assert report["problems"]["unsafe path"] == 3
     shards = ShardSet.open(tmp_path)
@@ -311,7 +317,7 @@ def test_absurd_sizes_and_sparse_members(tmp_path):
         content = path.read_bytes().rstrip(b"\0")
         content += bytes(-len(content) % 512)
         path.write_bytes(content + header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        rows, problems = scan_tar(path)
+        rows, problems = scan(path)
         assert [row.key for row in rows] == ["good"]
         assert [(problem.key, problem.reason) for problem in problems] == [
             ("big", "member too large"),
@@ -325,7 +331,7 @@ def test_a_damaged_header_loses_the_rest_and_says_so(tmp_path):
     content = bytearray(tar.read_bytes())
     content[shards.row(2).offset] ^= 1
     tar.write_bytes(content)
-    rows, problems = scan_tar(tar)
+    rows, problems = scan(tar)
     assert [row.key for row in rows] == ["clip-000", "clip-001"]
     assert [(problem.key, problem.reason) for problem in problems] == [("", "damaged tar header")]
 
@@ -339,7 +345,7 @@ def test_a_header_that_leads_backwards_does_not_loop(tmp_path):
     for size in (-512, -1024, -(1 << 40)):
         header.size = size
         (tmp_path / "loop.tar").write_bytes(content + header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        rows, problems = scan_tar(tmp_path / "loop.tar")
+        rows, problems = scan(tmp_path / "loop.tar")
         assert [row.key for row in rows] == ["good"]
         assert problems[-1].reason == "damaged tar header"
 
@@ -359,7 +365,7 @@ def test_random_damage_never_breaks_the_scan(tmp_path):
             block[148:156] = b" " * 8
             damaged[header + 148 : header + 156] = b"%06o\0 " % sum(block)
         tar.write_bytes(damaged)
-        rows, _ = scan_tar(tar)
+        rows, _ = scan(tar)
         assert len(rows) <= 4
 
 
@@ -370,7 +376,7 @@ def test_metadata_of_foreign_tars_comes_from_the_video(tmp_path):
             add(tar, f"{key}.txt", b"nine frames")
             if about is not None:
                 add(tar, f"{key}.json", about)
-    rows, problems = scan_tar(tmp_path / "foreign.tar")
+    rows, problems = scan(tmp_path / "foreign.tar")
     assert problems == []
     assert [(row.key, row.kind, row.frames, row.fps, row.height, row.width) for row in rows] == [
         (key, "video", 9, 12.0, 64, 96) for key in ("none", "other", "broken", "wild")
@@ -399,7 +405,7 @@ def test_what_is_no_data_set(tmp_path):
     assert ShardSet.open(tmp_path).fingerprint == shards.fingerprint
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
-    assert index_shard(tmp_path / "empty.tar") == {"samples": 0, "problems": {}, "examples": {}}
+    assert index_shard(open_storage(tmp_path), "empty.tar") == {"samples": 0, "problems": {}, "examples": {}}
     assert len(ShardSet.open(tmp_path)) == 2
     for path in tmp_path.glob("shard-*"):
         path.unlink()
@@ -407,11 +413,11 @@ def test_what_is_no_data_set(tmp_path):
         ShardSet.open(tmp_path)
     (tmp_path / "empty.tar").write_bytes(b"\x1f\x8b" + bytes(3000))
     with pytest.raises(DataError, match=r"no usable sample in 1 tars \(not a plain tar 1\)"):
-        index_directory(tmp_path, lambda *_: None)
+        index_directory(open_storage(tmp_path), lambda *_: None)
 
 
 def test_many_threads_and_few_descriptors(tmp_path, monkeypatch):
-    monkeypatch.setattr(ShardSet, "OPEN_FILES", 2)
+    monkeypatch.setattr(Directory, "OPEN_FILES", 2)
     shards = write(tmp_path, 12, samples_per_shard=2)
     wrong: list[int] = []
 
@@ -432,3 +438,17 @@ def test_many_threads_and_few_descriptors(tmp_path, monkeypatch):
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
     again = pickle.loads(pickle.dumps(shards))
     assert again.read(5)["mp4"] == sample(5)["mp4"]
+
+
+def test_scores_and_variants_are_in_the_index(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        writer.write(sample(0, scores={"motion": 0.5, "sharp": 3}, variant=1))
+        writer.write(sample(1, scores={"motion": "high", "sharp": float("nan")}, variant=1 << 40))
+        writer.write(sample(2, scores=[1]))
+    shards = ShardSet.open(tmp_path)
+    assert [shards.row(i).scores for i in range(3)] == [{"motion": 0.5, "sharp": 3.0}, {}, {}]
+    assert [shards.row(i).variant for i in range(3)] == [1, 0, 0]
+    ((motion, variant),) = shards.columns("scores.motion", "variant")
+    assert motion[0] == 0.5
+    assert list(motion != motion) == [False, True, True]
+    assert list(variant) == [1, 0, 0]

@@ -1,0 +1,200 @@
+"""Shards on real servers of S3 and HTTP, through the bounded cache of blocks."""
+
+import functools
+import http.server
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.index import index_directory
+from data_pipelines.shards import ShardSet, ShardWriter
+from data_pipelines.storage import BlockCache, CacheConfig, Remote, open_storage
+
+SAMPLES = 12
+
+
+def content(number: int) -> bytes:
+    return random.Random(number).randbytes(3000)
+
+
+def write(directory: Path) -> None:
+    with ShardWriter(directory, samples_per_shard=5) as writer:
+        for i in range(SAMPLES):
+            facts = {"kind": "video", "frames": 17 + i, "fps": 24.0, "height": 64, "width": 96}
+            writer.write({"__key__": f"s{i:03d}", "mp4": content(i), "txt": "a caption", "json": facts})
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a server that speaks S3; its clients find it by the environment."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    before = dict(os.environ)
+    os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
+                   "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    try:
+        yield endpoint
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.stop()
+
+
+@pytest.fixture
+def bucket(s3: str, tmp_path: Path) -> str:
+    client = boto3.client("s3", endpoint_url=s3)
+    name = f"videos-{random.randrange(1 << 40):x}"
+    client.create_bucket(Bucket=name)
+    write(tmp_path / "shards")
+    for path in (tmp_path / "shards").iterdir():
+        client.upload_file(str(path), name, f"shards/{path.name}")
+    return name
+
+
+def test_shards_on_s3_are_the_same_as_on_disk(bucket: str, tmp_path: Path) -> None:
+    here = ShardSet.open(tmp_path / "shards")
+    for cache in (CacheConfig(tmp_path / "cache", 1 << 30), CacheConfig(tmp_path / "none", 0)):
+        there = ShardSet.open(f"s3://{bucket}/shards", cache)
+        assert there.fingerprint == here.fingerprint
+        assert [there.read(i) for i in range(SAMPLES)] == [here.read(i) for i in range(SAMPLES)]
+    assert not (tmp_path / "none").exists()
+
+
+def test_foreign_tars_on_s3_are_indexed_in_place(bucket: str, s3: str, tmp_path: Path) -> None:
+    client = boto3.client("s3", endpoint_url=s3)
+    for shard in range(3):
+        client.delete_object(Bucket=bucket, Key=f"shards/shard-{shard:06d}.arrow")
+    cache = CacheConfig(tmp_path / "cache", 1 << 30)
+    with pytest.raises(DataError, match=r"s3://.*shard-000000\.arrow: missing; `megasora index`"):
+        ShardSet.open(f"s3://{bucket}/shards", cache)
+    report = index_directory(open_storage(f"s3://{bucket}/shards", cache), lambda *_: None)
+    assert (report["shards"], report["samples"]) == (3, SAMPLES)
+    there, here = ShardSet.open(f"s3://{bucket}/shards", cache), ShardSet.open(tmp_path / "shards")
+    assert there.fingerprint == here.fingerprint
+
+
+def test_an_object_that_changes_is_read_anew(bucket: str, s3: str, tmp_path: Path) -> None:
+    client = boto3.client("s3", endpoint_url=s3)
+    client.put_object(Bucket=bucket, Key="shards/a.txt", Body=b"before")
+    cache = CacheConfig(tmp_path / "cache", 1 << 30)
+    assert open_storage(f"s3://{bucket}/shards", cache).read("a.txt") == b"before"
+    client.put_object(Bucket=bucket, Key="shards/a.txt", Body=b"after!")
+    assert open_storage(f"s3://{bucket}/shards", cache).read("a.txt") == b"after!"
+
+
+def test_a_shard_that_vanishes_costs_its_samples(bucket: str, s3: str, tmp_path: Path) -> None:
+    there = ShardSet.open(f"s3://{bucket}/shards", CacheConfig(tmp_path / "cache", 0))
+    boto3.client("s3", endpoint_url=s3).delete_object(Bucket=bucket, Key="shards/shard-000001.tar")
+    assert there.read(0)["mp4"] == content(0)
+    with pytest.raises(BadSample, match=r"s005: cannot read shard-000001\.tar"):
+        there.read(5)
+
+
+def test_what_is_not_there(s3: str, tmp_path: Path) -> None:
+    cache = CacheConfig(tmp_path / "cache", 1 << 20)
+    for address, said in (
+        ("s3://no-such-bucket/shards", "s3://no-such-bucket/shards"),
+        ("nosuch://x/y", "nosuch://x/y: Protocol not known"),
+        ("http://127.0.0.1:9/shards", "http://127.0.0.1:9/shards"),
+    ):
+        with pytest.raises(DataError, match=said):
+            ShardSet.open(address, cache)
+
+
+def test_shards_behind_http(tmp_path: Path) -> None:
+    write(tmp_path / "shards")
+    handler = functools.partial(_Ranges, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}/shards"
+            there = ShardSet.open(address, CacheConfig(tmp_path / "cache", 1 << 30))
+            assert [there.read(i)["mp4"] for i in range(SAMPLES)] == [content(i) for i in range(SAMPLES)]
+        finally:
+            server.shutdown()
+
+
+class _Ranges(http.server.SimpleHTTPRequestHandler):
+    """Python's server does not know ranges: without one, a client may give the whole file."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def send_head(self):  # noqa: ANN201
+        path = Path(self.translate_path(self.path))
+        if "Range" not in self.headers or not path.is_file():
+            return super().send_head()
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        whole = path.read_bytes()
+        part = whole[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+
+# The cache
+
+
+def test_the_cache_stays_within_its_bound_and_gives_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockCache, "BLOCK", 1000)
+    files = {name: random.Random(name).randbytes(10_500) for name in ("a", "b", "c")}
+    fetched: list[str] = []
+    cache = BlockCache(tmp_path, 12_000)
+    choose = random.Random(1)
+    for _ in range(2000):
+        name = choose.choice("abc")
+        offset = choose.randrange(10_500)
+        end = min(10_500, offset + choose.randrange(1, 2500))
+
+        def fetch(first: int, last: int, name: str = name) -> bytes:
+            fetched.append(name)
+            return files[name][first:last]
+
+        assert cache.read(name, 10_500, offset, end, fetch) == files[name][offset:end]
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 12_000 + 1000
+    assert 33 < len(fetched) < 4000
+
+
+def test_a_block_is_fetched_once_whoever_wants_it(tmp_path: Path) -> None:
+    fetched: list[int] = []
+    cache = BlockCache(tmp_path, 1 << 30)
+
+    def fetch(first: int, last: int) -> bytes:
+        fetched.append(first)
+        return bytes(last - first)
+
+    threads = [threading.Thread(target=cache.read, args=("a", 5000, 0, 5000, fetch)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fetched == [0]
+
+
+def test_reads_that_fail_once_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    storage = Remote(f"memory://{tmp_path}", CacheConfig(tmp_path / "cache", 0))
+    storage._files.pipe_file(f"{storage._root}/a", b"content")
+    calls = iter([OSError("reset by peer"), RuntimeError("client error"), b"content"])
+
+    def cat_file(*_: object, **__: object) -> bytes:
+        if isinstance(answer := next(calls), bytes):
+            return answer
+        raise answer
+
+    monkeypatch.setattr("data_pipelines.storage.PAUSE", 0.0)
+    monkeypatch.setattr(storage._files, "cat_file", cat_file, raising=False)
+    assert storage.read("a") == b"content"
