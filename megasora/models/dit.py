@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+from megasora_kernels.gated import gated
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ from megasora.models.layers import (
     Modulation,
     MultiHeadAttention,
     first_part,
-    gated,
     join,
     sincos_axis,
     timestep_embedding,

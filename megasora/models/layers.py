@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from megasora_kernels.layernorm_modulate import layernorm_modulate, spread
+from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention
@@ -43,12 +43,6 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # [L, N, K/2]
     turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.view_as_real(turned).flatten(-2).type_as(x)
-
-
-def gated(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
-    """x + gate · y of [L, D] in the type of x: each token by its row of gate [R, D] fp32, `index` [L] non-decreasing."""
-    gates = spread(gate, index)
-    return torch.addcmul(x, gates, y) if x.dtype == y.dtype == gates.dtype else x + (gates * y).type_as(x)
 
 
 class RMSNorm(nn.Module):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from megasora_kernels.gated import gated
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from megasora.models.layers import (
     Modulation,
     RMSNorm,
     axial_angles,
-    gated,
     init_linears_and_norms,
     rotate,
     timestep_embedding,

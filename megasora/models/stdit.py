@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Literal
 
 import torch
+from megasora_kernels.gated import gated
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from megasora.models.layers import (
     RMSNorm,
     TableHead,
     axial_angles,
-    gated,
     init_linears_and_norms,
     rotate,
     sincos_axis,

@@ -2,10 +2,11 @@
 and the caption's mean. A language model's own attention is causal, so its first tokens know nothing of the last."""
 
 import torch
+from megasora_kernels.gated import gated
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention
-from megasora.models.layers import MLP, LayerNorm, Modulation, gated, timestep_embedding
+from megasora.models.layers import MLP, LayerNorm, Modulation, timestep_embedding
 from megasora.models.packing import Segments
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from megasora_kernels.gated import gated
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ from megasora.models.layers import (
     LayerNorm,
     RMSNorm,
     TableHead,
-    gated,
     init_linears_and_norms,
     rotary_angles,
     rotate,

@@ -64,8 +64,9 @@ def processes(layout: str, timeout: timedelta = timedelta(minutes=10)) -> Iterat
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = None if "RANK" in os.environ else dist.HashStore()
+    gpu = device if device.type == "cuda" else None
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(), world_size=world_size(), timeout=timeout
+        "nccl" if gpu else "gloo", store=store, rank=rank(), world_size=world_size(), timeout=timeout, device_id=gpu
     )
     try:
         shape = (parsed.pp, parsed.dp_replicate, parsed.dp_shard, parsed.cp, parsed.tp)

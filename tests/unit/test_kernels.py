@@ -15,7 +15,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from megasora_kernels import gated as gated_kernel
 from megasora_kernels import layernorm_modulate as kernel
+from megasora_kernels import run_sums
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -38,10 +40,16 @@ def packed(lengths: tuple[int, ...], width: int, dtype: torch.dtype, index: torc
     return dy, x, modulation[:, 0], modulation[:, 1], sample
 
 
+def packed_branch(lengths: tuple[int, ...], width: int, dtype: torch.dtype, index: torch.dtype = torch.int64) -> Inputs:
+    """dout, x, y, gate, sample of a gated residual; the gate is a strided view too."""
+    dout, x, gate, _, sample = packed(lengths, width, dtype, index)
+    return dout, x, x.flip(0) - 1, gate, sample
+
+
 def gradients(function: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """y, dx, dscale, dshift."""
-    dy, x, scale, shift, sample = inputs
-    leaves = [t.detach().requires_grad_() for t in (x, scale, shift)]
+    """What the function gives and the gradients of its arguments: y, dx, dscale, dshift, or out, dx, dy, dgate."""
+    dy, *values, sample = inputs
+    leaves = [t.detach().requires_grad_() for t in values]
     y = function(*leaves, sample)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
@@ -62,6 +70,14 @@ def test_reference_gradients() -> None:
     _, x, scale, shift, sample = packed((3, 0, 2), 5, torch.float64)
     leaves = [t.clone().requires_grad_() for t in (x, scale, shift)]
     assert torch.autograd.gradcheck(partial(kernel.layernorm_modulate, sample=sample), leaves)
+
+
+def test_gated_reference_is_the_formula() -> None:
+    _, x, y, gate, sample = packed_branch((3, 0, 4, 1), 10, torch.float64)
+    expected = x.numpy() + gate.numpy()[[0, 0, 0, 2, 2, 2, 2, 3]] * y.numpy()
+    np.testing.assert_allclose(gated_kernel.gated(x, y, gate, sample), expected, rtol=1e-12, atol=1e-12)
+    leaves = [t.clone().requires_grad_() for t in (x, y, gate)]
+    assert torch.autograd.gradcheck(partial(gated_kernel.gated, sample=sample), leaves)
 
 
 def test_low_precision_reference_is_fp32_inside() -> None:
@@ -88,10 +104,26 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Any], message: str
         partial(kernel.layernorm_modulate, x=x, scale=scale, shift=shift, sample=sample)(**change)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"y": torch.zeros(5, 4)}, "do not fit"),
+        ({"gate": torch.zeros(2, 4)}, "do not fit"),
+        ({"gate": torch.zeros(2, 8).bfloat16()}, r"must be torch\.float32"),
+    ],
+)
+def test_a_gate_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    _, x, y, gate, sample = packed_branch((2, 3), 8, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        gated_kernel.gated(**({"x": x, "y": y, "gate": gate, "sample": sample} | change))
+
+
 def test_works_without_triton() -> None:
     code = """
 import sys, torch
 sys.modules["triton"] = None  # import triton raises ImportError
+from megasora_kernels.gated import gated
+assert (gated(torch.ones(3, 8), torch.ones(3, 8), torch.ones(1, 8), torch.zeros(3, dtype=torch.int64)) == 2).all()
 from megasora_kernels.layernorm_modulate import layernorm_modulate, layernorm_modulate_triton
 arguments = torch.randn(3, 8), torch.zeros(1, 8), torch.ones(1, 8), torch.zeros(3, dtype=torch.int64)
 assert abs(layernorm_modulate(*arguments).mean() - 1) < 1e-5
@@ -116,6 +148,16 @@ def test_fake_tensors_pass_through_the_kernels() -> None:
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
     for grad, leaf in zip(grads, [x, scale, shift], strict=True):
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_fake_tensors_pass_through_the_gated_kernels() -> None:
+    with FakeTensorMode():
+        x, y = (torch.empty(40, 24, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        gate = torch.empty(3, 24, requires_grad=True)
+        out = gated_kernel.gated_triton(x, y, gate, torch.empty(40, dtype=torch.int64))
+        grads = torch.autograd.grad(out, [x, y, gate], torch.empty_like(out))
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    assert [(g.shape, g.dtype) for g in grads] == [(leaf.shape, leaf.dtype) for leaf in (x, y, gate)]
 
 
 def test_cuda_tensors_take_the_kernels() -> None:
@@ -190,18 +232,20 @@ def test_memory_check_sees_faults(interpreter: ProcessPoolExecutor) -> None:
     assert "race: store in program (1, 0, 0) of what program (0, 0, 0) stored" in racing
 
 
-def _errors(inputs: Inputs, block: int) -> list[tuple[float, float]]:
+def _errors(inputs: Inputs, block: int, name: str = "layernorm_modulate") -> list[tuple[float, float]]:
     """Of y, dx, dscale, dshift: the norm of the kernels' error, and of torch's in the same type, against fp64."""
-    with mock.patch.object(kernel, "BACKWARD_TOKENS", block), mock.patch.object(kernel, "FORWARD_TOKENS", block):
-        ours = gradients(kernel.layernorm_modulate_triton, inputs)
-    torchs = gradients(kernel.layernorm_modulate_reference, inputs)
-    exact = gradients(kernel.layernorm_modulate_reference, [*(t.double() for t in inputs[:4]), inputs[4]])
+    module = {"layernorm_modulate": kernel, "gated": gated_kernel}[name]
+    kernels, reference = getattr(module, f"{name}_triton"), getattr(module, f"{name}_reference")
+    with mock.patch.object(module, "BACKWARD_TOKENS", block), mock.patch.object(module, "FORWARD_TOKENS", block):
+        ours = gradients(kernels, inputs)
+    torchs = gradients(reference, inputs)
+    exact = gradients(reference, [*(t.double() for t in inputs[:4]), inputs[4]])
     assert [t.dtype for t in ours] == [t.dtype for t in torchs]
     return [((a - c).norm().item(), (b - c).norm().item()) for a, b, c in zip(ours, torchs, exact, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(
+TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+ROWS = pytest.mark.parametrize(
     "lengths, width, block",
     [
         ((1,), 40, 32),  # one token
@@ -211,6 +255,10 @@ def _errors(inputs: Inputs, block: int) -> list[tuple[float, float]]:
     ],
     ids=["one", "ragged", "empty", "slots"],
 )
+
+
+@TYPES
+@ROWS
 def test_kernels_are_as_exact_as_torch(
     interpreter: ProcessPoolExecutor, lengths: tuple[int, ...], width: int, block: int, dtype: torch.dtype
 ) -> None:
@@ -218,6 +266,31 @@ def test_kernels_are_as_exact_as_torch(
     errors = interpreter.submit(_errors, packed(lengths, width, dtype, index), block).result()
     for name, (ours, torchs) in zip(["y", "dx", "dscale", "dshift"], errors, strict=True):
         assert ours <= 2 * torchs + 1e-30, f"{name}: error {ours:.3g}, torch's {torchs:.3g}"
+
+
+@TYPES
+@ROWS
+def test_gated_kernels_are_as_exact_as_torch(
+    interpreter: ProcessPoolExecutor, lengths: tuple[int, ...], width: int, block: int, dtype: torch.dtype
+) -> None:
+    index = torch.int32 if dtype == torch.float32 else torch.int64
+    errors = interpreter.submit(_errors, packed_branch(lengths, width, dtype, index), block, "gated").result()
+    for name, (ours, torchs) in zip(["out", "dx", "dy", "dgate"], errors, strict=True):
+        assert ours <= 2 * torchs + 1e-30, f"{name}: error {ours:.3g}, torch's {torchs:.3g}"
+
+
+def _gated_of_two_types() -> list[bool]:
+    """fp32 x with a bf16 branch, as autocast gives them, and strides: whether out, dx, dy and dgate are near the fp32 ones."""
+    dout, x, y, gate, sample = packed_branch((5, 0, 8), 20, torch.float32)
+    mixed = (dout.T.contiguous().T, x, y.bfloat16().T.contiguous().T, gate.T.contiguous().T, sample)
+    found = gradients(gated_kernel.gated_triton, mixed)
+    expected = gradients(gated_kernel.gated_reference, (dout, x, y.bfloat16().float(), gate, sample))
+    assert [t.dtype for t in found] == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    return [torch.allclose(a.float(), b, rtol=2**-8, atol=1e-5) for a, b in zip(found, expected, strict=True)]
+
+
+def test_gated_kernels_take_two_types_and_any_strides(interpreter: ProcessPoolExecutor) -> None:
+    assert interpreter.submit(_gated_of_two_types).result() == [True] * 4
 
 
 def _differences_by_strides() -> list[bool]:
@@ -243,13 +316,20 @@ def _compiled_and_checked() -> list[bool]:
     torch.library.opcheck(operators.layernorm_modulate.default, (*leaves, sample, 1e-6))
     _, mean, rstd = operators.layernorm_modulate(x, scale, shift, sample, 1e-6)
     torch.library.opcheck(operators.layernorm_modulate_backward.default, (dy, x, scale, sample, mean, rstd))
-    compiled = torch.compile(kernel.layernorm_modulate_triton, fullgraph=True, backend="aot_eager")
-    found, expected = (gradients(f, inputs) for f in (compiled, kernel.layernorm_modulate_triton))
-    return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+    dout, x, branch, gate, sample = branches = packed_branch((5, 0, 8), 20, torch.bfloat16)
+    leaves = [t.clone().requires_grad_() for t in (x, branch, gate)]
+    torch.library.opcheck(operators.gated.default, (*leaves, sample))
+    torch.library.opcheck(operators.gated_backward.default, (dout, branch, gate, sample))
+    same = []
+    for function, of in ((kernel.layernorm_modulate_triton, inputs), (gated_kernel.gated_triton, branches)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        found, expected = (gradients(f, of) for f in (compiled, function))
+        same += [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+    return same
 
 
 def test_kernels_pass_through_torch_compile(interpreter: ProcessPoolExecutor) -> None:
-    assert interpreter.submit(_compiled_and_checked).result() == [True] * 4
+    assert interpreter.submit(_compiled_and_checked).result() == [True] * 8
 
 
 # Compiled for sm_90a
@@ -281,23 +361,30 @@ def resources(ptx: str, path: Path) -> tuple[int, int]:
         ("bf16", 1536, "i64", {}),
         ("bf16", 5120, "i64", {}),
         ("fp32", 5120, "i32", {}),
-        ("bf16", 1152, "i64", {"tokens": 1, "scale_stride": 1, "shift_stride": 1}),  # Triton makes a 1 a constant
+        (
+            "bf16",
+            1152,
+            "i64",
+            {"tokens": 1, "scale_stride": 1, "shift_stride": 1, "gate_stride": 1},
+        ),  # Triton makes a 1 a constant
     ],
 )
 def test_kernels_compile_for_sm90a_without_spills(
     element: str, width: int, index: str, fixed: dict[str, int], tmp_path: Path
 ) -> None:
-    types = dict.fromkeys(["dy", "x", "dx", "y"], f"*{element}") | {"sample": f"*{index}", "eps": "fp32"}
-    types |= dict.fromkeys(["scale", "shift", "mean", "rstd", "dscale", "dshift"], "*fp32")
-    types |= dict.fromkeys(["scale_parts", "shift_parts"], "*fp32")
-    types |= dict.fromkeys(["tokens", "width", "scale_stride", "shift_stride"], "i32")
-    row = kernel.row_launch(width)
+    types = dict.fromkeys(["dy", "x", "dx", "y", "out", "dout"], f"*{element}") | {"sample": f"*{index}", "eps": "fp32"}
+    types |= dict.fromkeys(["scale", "shift", "gate", "mean", "rstd", "sums"], "*fp32")
+    types |= dict.fromkeys(["scale_parts", "shift_parts", "parts"], "*fp32")
+    types |= dict.fromkeys(["tokens", "width", "scale_stride", "shift_stride", "gate_stride"], "i32")
+    row = run_sums.row_launch(width)
     warps = row.pop("num_warps")
-    sums = {"sum_slots": kernel.SUM_SLOTS, "sum_columns": kernel.SUM_COLUMNS}
+    sums = {"sum_slots": run_sums.SUM_SLOTS, "sum_columns": run_sums.SUM_COLUMNS}
     for function, constants, function_warps in (
         (kernel._forward_kernel, {"block_tokens": kernel.FORWARD_TOKENS, **row}, warps),
         (kernel._backward_kernel, {"block_tokens": kernel.BACKWARD_TOKENS, **row}, warps),
-        (kernel._sum_kernel, {"block_tokens": kernel.BACKWARD_TOKENS, **sums}, 4),
+        (gated_kernel._forward_kernel, {"block_tokens": gated_kernel.FORWARD_TOKENS, **row}, warps),
+        (gated_kernel._backward_kernel, {"block_tokens": gated_kernel.BACKWARD_TOKENS, **row}, warps),
+        (run_sums._sum_kernel, {"block_tokens": kernel.BACKWARD_TOKENS, **sums}, 4),
     ):
         ones = {n: v for n, v in fixed.items() if n in function.arg_names}
         compiled = compile_sm90(function, types, constants | ones, function_warps)
