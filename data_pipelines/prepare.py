@@ -1,149 +1,130 @@
-"""Raw videos and images with captions -> shards: cut at shot changes, bounded in length and size, captions attached."""
+"""Raw videos and images with captions -> shards, by any number of processes and machines, each of which may be killed.
+
+The sources, in order, are divided into parts. Every part becomes a piece in a hidden directory beside the output; what is
+there when a run begins is not done again. When all pieces are there, whoever sees it leaves out duplicates, writes the
+shards and the report, and gives the directory its name. Everything appears by renaming, and the result depends on nothing
+but input and config.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from io import BytesIO
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from PIL import Image
 
-from data_pipelines.errors import DataError
-from data_pipelines.index import describe, sync_directory
-from data_pipelines.shards import ShardWriter
-from data_pipelines.video import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    Mp4Writer,
-    Scaler,
-    Undecodable,
-    VideoReader,
-    encode_image,
-    is_image,
-    load_image,
-)
+from data_pipelines.clip_scores import HASH_FRAMES
+from data_pipelines.errors import BadSample, DataError
+from data_pipelines.index import describe
+from data_pipelines.prepare_config import PrepareConfig
+from data_pipelines.prepare_parts import Part, Tally, make_parts, private_directory, read_part, write_part, write_synced
+from data_pipelines.prepare_pool import Pool
+from data_pipelines.prepare_report import draw_report, make_report
+from data_pipelines.prepare_shards import choose, divide, write_shard
+from data_pipelines.raw_inputs import Inputs, open_inputs
+from data_pipelines.shards import ShardSet
+from data_pipelines.storage import sync_directory
 
-CAPTIONS = "captions.jsonl"
-PLAN, REPORT = "prepare.json", "report.json"
-THUMBNAIL = (36, 64)  # pixels, height and width, of the pictures in which shot changes are looked for
-SIDE_MIN = 16  # pixels
-EXAMPLES = 5  # names kept for each reason of dropping
+PLAN, REPORT, PICTURE = "prepare.json", "report.json", "report.png"
+NOT_IN_RESULT = ("input", "output", "root", "workers", "part", "part_files")
 
-
-@dataclass(kw_only=True, frozen=True)
-class PrepareConfig:
-    """Raw videos and images -> shards."""
-
-    input: str = ""  # a directory tree of videos and images, or one file; captions in NAME.txt or captions.jsonl
-    output: str = ""  # a directory that does not exist yet, is empty, or holds the result of the same prepare
-    clip_seconds: float = 4.0  # a longer shot is cut into pieces of this length
-    min_frames: int = 17  # a shorter piece is dropped
-    shot_threshold: float = 27.0  # a larger change from frame to frame begins a new shot (0 to 255)
-    height_max: int = 720  # the shorter side is scaled down to this many pixels
-    crf: int = 18  # H.264 quality; lower is better and larger
-    samples_per_shard: int = 1000
-
-    def __post_init__(self) -> None:
-        if not self.clip_seconds > 0:
-            raise ValueError(f"clip_seconds must be above 0, not {self.clip_seconds}")
-        if self.height_max < SIDE_MIN:
-            raise ValueError(f"height_max must be at least {SIDE_MIN}, not {self.height_max}")
-        if self.min_frames < 1 or self.samples_per_shard < 1:
-            raise ValueError("min_frames and samples_per_shard must be at least 1")
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Source:
-    path: Path
-    name: str  # relative to the input
-    slug: str  # the beginning of its keys, unlike any other source's
+class _Run:
+    config: PrepareConfig
+    inputs: Inputs
+    tally: Tally  # of what was dropped while the input was listed; in the end, of everything
+    plan: dict[str, Any]  # what the result depends on
+    output: Path
+    work: Path
+    machine: int
+    machines: int
+    pool: Pool
+    progress: Progress
 
 
-@dataclass
-class Tally:
-    """What became of the input; `report.json`."""
-
-    sources: int = 0
-    samples: Counter[str] = field(default_factory=Counter)  # by kind
-    sizes: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def drop(self, reason: str, what: str) -> None:
-        self.dropped[reason] += 1
-        named = self.examples.setdefault(reason, [])
-        if len(named) < EXAMPLES:
-            named.append(what)
-
-    def report(self, shards: int) -> dict[str, Any]:
-        return {
-            "sources": self.sources,
-            "kept": self.samples.total(),
-            "videos": self.samples["video"],
-            "images": self.samples["image"],
-            "seconds": round(self.seconds, 3),
-            "shards": shards,
-            "sizes": dict(sorted(self.sizes.items())),
-            "dropped": dict(sorted(self.dropped.items())),
-            "examples": dict(sorted(self.examples.items())),
-        }
-
-
-def prepare(config: PrepareConfig, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+def prepare(config: PrepareConfig, progress: Progress) -> dict[str, Any]:
     """Writes `config.output` completely or not at all, and returns the report; progress(done, all, name of a source).
 
     The same input and config give the same bytes. When they made the output that is there, nothing is done and the report
-    has `already_done`. Dropped files and pieces are counted by reason. Raises `DataError` when the input is missing or has
-    no usable sample, and when the output holds anything else.
+    has `already_done`. Where other machines have parts to do yet, there is no report but `left_to_others`, the number of
+    these parts: the last to finish writes the output. Dropped files and pieces are counted by reason. Raises `DataError` when
+    the input is missing or has no usable sample, and when the output holds anything else.
     """
     if not config.input or not config.output:
         raise DataError("prepare.input and prepare.output must be set")
-    root, output = Path(config.input), Path(config.output).resolve()
-    if not root.exists():
-        raise DataError(f"{root}: no such file or directory")
+    output = Path(config.output).resolve()
     if output.is_mount():
         raise DataError(f"{output}: is a mount point; name a directory below it")  # it appears by renaming
+    machine, machines = which_part(config.part, os.environ)
     tally = Tally()
-    sources = list_sources(root, tally)
-    captions = Captions(root if root.is_dir() else root.parent, sources, tally)
-    plan = {"config": _what_matters(config), "input": _fingerprint(sources, captions)}
-    if _is_done(output, plan):
-        progress(len(sources), len(sources), "already prepared")
-        return {**json.loads((output / REPORT).read_text(encoding="utf-8")), "already_done": True}
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        with ShardWriter(partial, config.samples_per_shard) as writer:
-            for done, source in enumerate(sources):
-                progress(done, len(sources), source.name)
-                for sample in _samples(source, captions, config, tally):
-                    writer.write(sample)
-        progress(len(sources), len(sources), "")
-        if not writer.samples:
-            raise DataError(f"{root}: no usable sample in {tally.sources} files ({describe(tally.dropped)})")
-        report = tally.report(writer.shards)
-        for name, content in ((REPORT, report), (PLAN, plan)):
-            text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-            (partial / name).write_text(text + "\n", encoding="utf-8")
-        sync_directory(partial)
-        partial.replace(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return {**report, "already_done": False}
+    inputs = open_inputs(config, output, tally.drop)
+    plan = {"config": _what_matters(config), "input": inputs.fingerprint}
+    work = _work_directory(output, plan, config.part_files)
+    if not _is_done(output, plan):
+        try:
+            for name in ("pieces", "shards"):
+                (work / name).mkdir(parents=True, exist_ok=True)
+            if not _is_done(output, plan):  # another machine may have finished and tidied up before `work` was there
+                with Pool(config.workers) as pool:
+                    report = _do(_Run(config, inputs, tally, plan, output, work, machine, machines, pool, progress))
+                if not (report["left_to_others"] and _is_done(output, plan)):
+                    return report
+        except (OSError, DataError, BadSample) as error:
+            if not _is_done(output, plan):  # else another machine finished and tidied up while this one was at it
+                if isinstance(error, BadSample):
+                    raise DataError(f"{work}: {error}; delete it and run again") from None
+                raise
+    progress(len(inputs.sources), len(inputs.sources), "already prepared")
+    _tidy(output)
+    return {**json.loads((output / REPORT).read_text(encoding="utf-8")), "already_done": True, "left_to_others": 0}
+
+
+def which_part(part: str, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(number, count) of the machines among which the parts are divided: as `part` says ("0/8"), else by the variables of a
+    SLURM array and of torchrun, else one. Raises `DataError` for an array whose numbers have gaps."""
+    if part:
+        number, count = part.split("/")
+        return int(number), int(count)
+    tasks, ranks = int(environment.get("SLURM_ARRAY_TASK_COUNT", 1)), int(environment.get("WORLD_SIZE", 1))
+    task = 0
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        first, step = (
+            int(environment.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in (("MIN", 0), ("STEP", 1))
+        )
+        task, rest = divmod(int(environment["SLURM_ARRAY_TASK_ID"]) - first, max(step, 1))
+        if rest or not 0 <= task < tasks:
+            raise DataError(
+                "the numbers of the SLURM array have gaps; say --prepare.part=NUMBER/COUNT, from 0/COUNT on"
+            )
+    return task * ranks + int(environment.get("RANK", 0)), tasks * ranks
 
 
 def _what_matters(config: PrepareConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name not in ("input", "output")}
+    """What the result depends on, as JSON has it; of a scorer, its content."""
+    scorers = {}
+    for name, path in config.scorers.items():
+        try:
+            scorers[name] = xxhash.xxh3_64_hexdigest(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"prepare.scorers.{name}={path}: {error.strerror}") from None
+    facts = {name: value for name, value in asdict(config).items() if name not in NOT_IN_RESULT}
+    found: dict[str, Any] = json.loads(json.dumps(facts | {"keep": config.limits, "scorers": scorers}))
+    return found
+
+
+def _work_directory(output: Path, plan: dict[str, Any], part_files: int) -> Path:
+    """Of this plan alone: what another one left there is of no use."""
+    digest = xxhash.xxh3_64_hexdigest(json.dumps([plan, part_files], sort_keys=True).encode())[:8]
+    return output.with_name(f".{output.name}.{digest}.partial")
 
 
 def _is_done(output: Path, plan: dict[str, Any]) -> bool:
@@ -163,181 +144,67 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     return True
 
 
-def list_sources(root: Path, tally: Tally) -> list[Source]:
-    """Videos and images by their suffix, in the order of their names; hidden files are passed over."""
-    if root.is_dir():
-        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    else:
-        files = {root.name: root}
-    slugs: dict[str, str] = {}
-    for name, path in sorted(files.items()):
-        if any(part.startswith(".") for part in name.split("/")) or name == CAPTIONS or path.suffix.lower() == ".txt":
-            continue
-        tally.sources += 1
-        if not name.isprintable():
-            tally.drop("not a printable UTF-8 name", ascii(name))
-        elif path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-            slugs[name] = re.sub(r"[^A-Za-z0-9_-]+", "-", name.rsplit(".", 1)[0]).strip("-")
-        else:
-            tally.drop("not a video or image by its name", name)
-    uses = Counter(slugs.values())
-    for name, slug in slugs.items():
-        if uses[slug] > 1 or not 0 < len(slug) <= 60:  # a key must fit into a tar header
-            slugs[name] = f"{slug[:50]}-{xxhash.xxh3_64_hexdigest(name.encode())[:8]}".strip("-")
-    return [Source(files[name], name, slug) for name, slug in slugs.items()]
+def _do(run: _Run) -> dict[str, Any]:
+    """Does this machine's parts, and the rest where nothing is left to others."""
+    parts = make_parts(run.inputs.sources, run.config.part_files)
+    mine = parts[run.machine :: run.machines]
+    open_parts = _missing(run.work / "pieces", mine)
+    total = sum(len(part.sources) for part in mine)
+    done = total - sum(len(part.sources) for part in open_parts)
+
+    def tell(name: str) -> None:
+        nonlocal done
+        run.progress(done, total, name)
+        done += 1
+
+    alone = run.config.workers == 1
+    jobs = [(part, run.inputs.shards, run.config, run.work, tell if alone else None) for part in open_parts]
+    for number in run.pool.run(write_part, jobs):
+        for source in () if alone else open_parts[number].sources:
+            tell(source.name)
+    left = len(_missing(run.work / "pieces", parts))
+    report = {} if left else _publish(run, parts)
+    run.progress(total, total, "")
+    return {**report, "already_done": False, "left_to_others": left}
 
 
-class Captions:
-    """The caption of a source: NAME.txt beside it, or lines {"file", "caption"} of captions.jsonl in the input directory.
-
-    A line may have "start" and "end" in seconds: it then describes that part of the video, before any other caption. It may
-    have "label", the number of the file's class, for models that are conditioned on one.
-    """
-
-    def __init__(self, root: Path, sources: list[Source], tally: Tally) -> None:
-        self.labels: dict[str, int] = {}
-        self._whole: dict[str, str] = {}
-        self._parts: dict[str, list[tuple[float, float, str]]] = {}
-        names = {source.name for source in sources}
-        path = root / CAPTIONS
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                name, text = str(entry["file"]), " ".join(entry["caption"].split())
-                start, end = float(entry.get("start", 0)), float(entry.get("end", float("inf")))
-                label = int(entry.get("label", -1))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                tally.drop(f"unreadable line of {CAPTIONS}", f"line {number}")
-                continue
-            if name in names and label >= 0:
-                self.labels[name] = label
-            if name not in names:
-                tally.drop("caption without file", name)
-            elif "start" in entry or "end" in entry:
-                self._parts.setdefault(name, []).append((start, end, text))
-            else:
-                self._whole[name] = text
-        for source in sources:
-            sidecar = source.path.with_suffix(".txt")
-            if sidecar.is_file():
-                try:
-                    self._whole[source.name] = " ".join(sidecar.read_text(encoding="utf-8").split())
-                except ValueError:
-                    tally.drop("caption is not UTF-8", source.name)
-
-    def has(self, source: Source) -> bool:
-        return bool(self._whole.get(source.name) or self._parts.get(source.name))
-
-    def at(self, source: Source, seconds: float) -> str:
-        """For what happens at that time; empty where nothing is known."""
-        for start, end, text in self._parts.get(source.name, []):
-            if start <= seconds < end:
-                return text
-        return self._whole.get(source.name, "")
-
-    def of(self, source: Source) -> str:
-        """All that is known of a source, for comparing."""
-        label = [self.labels[source.name]] if source.name in self.labels else []
-        return json.dumps([self._whole.get(source.name), self._parts.get(source.name), *label])
+def _missing(pieces: Path, parts: list[Part]) -> list[Part]:
+    there = {path.name for path in pieces.iterdir()}
+    return [part for part in parts if f"{part.name}.tar" not in there]
 
 
-def _fingerprint(sources: list[Source], captions: Captions) -> str:
-    """Of names, captions, sizes, and the first and last 64 KiB: whoever copies the input elsewhere finds the same."""
-    state = xxhash.xxh3_64()
-    for source in sources:
-        state.update(f"{source.name}\0{captions.of(source)}\0".encode())
-        try:
-            with source.path.open("rb") as file:
-                state.update(file.read(1 << 16))
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - (1 << 16)))
-                state.update(file.read() + f"\0{size}\0".encode())
-        except OSError:
-            state.update(b"unreadable\0")
-    return state.hexdigest()
+def _publish(run: _Run, parts: list[Part]) -> dict[str, Any]:
+    """Pieces -> shards and report under the output's name. Several machines may be at it: each begins with other shards."""
+    config, work, tally = run.config, run.work, run.tally
+    none = np.empty((0, HASH_FRAMES + 1), np.uint64)
+    signatures = np.concatenate([none, *(read_part(work, part.name, tally) for part in parts)])
+    if not len(signatures):
+        if run.machines == 1:  # else another may be reading the same
+            _tidy(run.output)
+        raise DataError(f"{config.input}: no usable sample in {run.inputs.found} files ({describe(tally.dropped)})")
+    pieces = ShardSet.open(work / "pieces")
+    kept = choose(pieces, signatures, config.duplicates, tally)
+    shards = divide(kept, config.samples_per_shard)
+    jobs = [(f"shard-{number:06d}", pieces, places, work) for number, places in enumerate(shards)]
+    first = run.machine * len(jobs) // run.machines
+    for _ in run.pool.run(write_shard, jobs[first:] + jobs[:first]):
+        pass
+    report = make_report(run.inputs.found, kept, tally, len(shards))
+    with private_directory(work) as here:
+        write_synced(here / PICTURE, draw_report(report))
+        for name, content in ((REPORT, report), (PLAN, run.plan)):
+            write_synced(here / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        for name in (PICTURE, REPORT, PLAN):
+            (here / name).replace(work / "shards" / name)
+    sync_directory(work / "shards")
+    (work / "shards").replace(run.output)  # of several machines one succeeds, and the others find nothing to rename
+    sync_directory(run.output.parent)
+    _tidy(run.output)
+    return report
 
 
-def _samples(source: Source, captions: Captions, config: PrepareConfig, tally: Tally) -> Iterator[dict[str, Any]]:
-    """The samples of one file, for `ShardWriter.write`."""
-    if not captions.has(source):
-        tally.drop("no caption", source.name)
-        return
-    try:
-        pieces = _picture(source, config) if is_image(source.path) else _clips(source, config, tally)
-        for start, content, about in pieces:
-            what = f"{source.name} at frame {start}"
-            caption = captions.at(source, (start + about["frames"] / 2) / (about["fps"] or 1))
-            if about["kind"] == "video" and about["frames"] < config.min_frames:
-                tally.drop("too short", what)
-            elif not caption:
-                tally.drop("no caption", what)
-            else:
-                tally.samples[about["kind"]] += 1
-                tally.sizes[f"{about['width']}x{about['height']}"] += 1
-                tally.seconds += about["frames"] / about["fps"] if about["fps"] else 0
-                yield {
-                    "__key__": f"{source.slug}-{start:06d}",
-                    "jpg" if about["kind"] == "image" else "mp4": content,
-                    "txt": caption,
-                    **({"cls": str(captions.labels[source.name])} if source.name in captions.labels else {}),
-                    "json": {**about, "source": source.name, "start": start},
-                }
-    except Undecodable as error:
-        tally.drop("undecodable", f"{source.name} ({error})")
-    except OSError as error:
-        tally.drop("unreadable file", f"{source.name} ({error.strerror})")
-
-
-def _picture(source: Source, config: PrepareConfig) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    picture = load_image(source.path)
-    height, width = bounded_size(picture.height, picture.width, config.height_max)
-    content = BytesIO()
-    encode_image(np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)), content)
-    yield 0, content.getvalue(), {"kind": "image", "frames": 1, "fps": 0.0, "height": height, "width": width}
-
-
-def _clips(source: Source, config: PrepareConfig, tally: Tally) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """One pass: (first frame, mp4, metadata) of each piece, a piece ending at a shot change or after clip_seconds.
-
-    Holds one frame and the encoder's few, however long the video.
-    """
-    with VideoReader(source.path) as reader:
-        height, width = bounded_size(reader.height, reader.width, config.height_max)
-        about = {"kind": "video", "fps": reader.fps, "height": height, "width": width}
-        longest = max(1, int(config.clip_seconds * reader.fps + 1e-6))
-        picture, thumbnail = Scaler(reader, height, width), Scaler(reader, *THUMBNAIL)
-        content, previous, start = BytesIO(), None, 0
-        clip = Mp4Writer(content, fps=reader.fps, height=height, width=width, crf=config.crf)
-        for number, frame in enumerate(reader):
-            colours = to_hsv(thumbnail(frame))
-            new_shot = previous is not None and content_change(previous, colours) > config.shot_threshold
-            previous = colours
-            if new_shot or clip.frames == longest:
-                clip.close()
-                yield start, content.getvalue(), {**about, "frames": clip.frames}
-                content, start = BytesIO(), number
-                clip = Mp4Writer(content, fps=reader.fps, height=height, width=width, crf=config.crf)
-            clip.add(picture(frame))
-        clip.close()
-        yield start, content.getvalue(), {**about, "frames": clip.frames}
-        if reader.damage:
-            tally.drop("truncated or damaged", f"{source.name} ({reader.damage})")
-
-
-def bounded_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """The same shape with the shorter side at most `side`, rounded to even numbers. Raises `Undecodable` if too small."""
-    if min(height, width) < SIDE_MIN:
-        raise Undecodable(f"{width}x{height} pixels")
-    ratio = min(1.0, side / min(height, width))
-    return 2 * round(height * ratio / 2), 2 * round(width * ratio / 2)
-
-
-def to_hsv(picture: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] RGB -> float32 [H, W, 3] hue (0 to 180), saturation, value (0 to 255)."""
-    return np.asarray(Image.fromarray(picture).convert("HSV"), np.float32) * np.array([180 / 255, 1, 1], np.float32)
-
-
-def content_change(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean absolute difference of two HSV pictures, the measure of PySceneDetect's ContentDetector (threshold there: 27)."""
-    return float(np.abs(after - before).mean())
+def _tidy(output: Path) -> None:
+    """Removes what runs for this output have left beside it."""
+    for path in output.parent.iterdir():
+        if path.name.startswith(f".{output.name}.") and path.name.endswith(".partial"):
+            shutil.rmtree(path, ignore_errors=True)

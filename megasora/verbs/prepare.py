@@ -1,9 +1,15 @@
 """Cuts raw videos into clips, takes images and captions along, and writes webdataset shards with an index.
 
-Captions lie beside the files (NAME.txt) or in captions.jsonl. What cannot be used is skipped and counted in report.json.
+prepare.input is a directory tree or a file with captions beside them (NAME.txt, captions.jsonl), a webdataset, or a list of
+files (.parquet, .csv or .jsonl with path, caption or captions and weights, perhaps label, start and end in seconds).
+Each clip is measured: side, aspect, fps, seconds, black, static, motion, sharpness; prepare.keep limits any of them.
+What is not used is counted in report.json and report.png. A killed run goes on when it is started again. As a SLURM array,
+under torchrun or with prepare.part=0/8 the machines share the work, and the last to finish writes the output.
 
-example:
+examples:
   megasora prepare --config configs/demo.yaml --prepare.input=my-videos --prepare.output=data/shards
+  megasora prepare --config configs/demo.yaml --prepare.input=list.parquet --prepare.root=/videos --prepare.workers=16 \\
+      --prepare.keep.motion=[0.02,null] --prepare.keep.side=[480,null] --prepare.scorers.aesthetic=model.pt
 """
 
 import argparse
@@ -28,4 +34,7 @@ def run(args: argparse.Namespace) -> None:
         report = prepare(config.prepare, progress)
     if args.json:
         print(json.dumps(report))
-    log.info("kept %s, dropped %s -> %s", report["kept"], report["dropped"], config.prepare.output)
+    if report["left_to_others"]:
+        log.info("done; %d parts are left to other machines, the last writes the output", report["left_to_others"])
+    else:
+        log.info("kept %s, dropped %s -> %s", report["kept"], report["dropped"], config.prepare.output)
