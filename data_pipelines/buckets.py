@@ -4,16 +4,27 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketConfig:
-    """Resolutions x frame counts x aspect ratios. A resolution R stands for an area of at most R x R pixels."""
+    """Resolutions x frame counts x aspect ratios. A resolution R stands for an area of at most R x R pixels.
+
+    A sample goes to the largest resolution that it fills, and there to the most frames that it has. `keep_resolutions` and
+    `keep_frames` (one for each, or none) let only that share of such samples stay; the others move to the next smaller
+    bucket of theirs, and none is lost.
+    """
 
     resolutions: tuple[int, ...] = (256,)
     frames: tuple[int, ...] = (1, 17)  # 1 + a multiple of the VAE's temporal compression; 1 is an image
     aspects: tuple[str, ...] = ("21:9", "16:9", "4:3", "1:1", "3:4", "9:16")  # width:height
     multiple: int = 16  # of height and width: the VAE's compression times the model's patch
+    upscale: float = 1.25  # the largest enlargement of a side; what is smaller does not fit
+    keep_resolutions: tuple[float, ...] = ()
+    keep_frames: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.resolutions and self.frames and self.aspects):
@@ -21,6 +32,12 @@ class BucketConfig:
         for name in ("resolutions", "frames"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name}={list(getattr(self, name))}: positive numbers only")
+        for name, others in (("keep_resolutions", self.resolutions), ("keep_frames", self.frames)):
+            kept = getattr(self, name)
+            if kept and (len(kept) != len(others) or not all(0 <= share <= 1 for share in kept)):
+                raise ValueError(f"{name}={list(kept)}: {len(others)} numbers from 0 to 1, or none")
+        if not self.upscale >= 1:
+            raise ValueError(f"upscale={self.upscale}: at least 1")
         for aspect in self.aspects:
             width, _, height = aspect.partition(":")
             if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
@@ -71,10 +88,19 @@ def buckets_of(config: BucketConfig) -> list[Bucket]:
     )
 
 
-def choose_size(config: BucketConfig, resolution: int, height: int, width: int) -> tuple[int, int]:
-    """The (height, width) of a resolution whose aspect ratio is nearest to that of a height x width picture."""
+def choose_size(config: BucketConfig, resolution: int, height: int, width: int) -> tuple[int, int] | None:
+    """The (height, width) of a resolution whose aspect ratio is nearest to that of a height x width picture.
+
+    None if the picture would have to be enlarged by more than `config.upscale`.
+    """
     sizes = {frame_size(resolution, aspect, config.multiple) for aspect in config.aspects}
-    return min(sorted(sizes), key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
+    size = min(sorted(sizes), key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
+    return size if cover_scale(size, height, width) <= config.upscale else None
+
+
+def cover_scale(size: tuple[int, int], height: int, width: int) -> float:
+    """By how much a height x width picture is scaled to cover a size."""
+    return max(size[0] / height, size[1] / width)
 
 
 def choose_frames(config: BucketConfig, frames: int) -> int | None:
@@ -82,16 +108,74 @@ def choose_frames(config: BucketConfig, frames: int) -> int | None:
     return max((f for f in config.frames if f <= frames), default=None)
 
 
-def choose_latent_bucket(config: BucketConfig, frames: int, height: int, width: int) -> Bucket | None:
-    """The bucket of a latent encoded at exactly (frames, height, width) pixels; None if its size is not one of the buckets'.
+# What a sample can be trained as: resolutions from the largest, in each the frame counts from the longest; with the share
+# that stays. `variant` says which of its latents that is.
+Rung = tuple[float, tuple[int, Bucket]]
+Ladder = tuple[tuple[float, tuple[Rung, ...]], ...]
 
-    A causal VAE encodes the first frames alike whatever follows, so a longer latent may be cut in time, never in space.
+
+def raw_ladder(config: BucketConfig, frames: int, height: int, width: int) -> Ladder:
+    """Of a video or picture of that size. Empty if it fits no bucket."""
+    sizes = {r: size for r in config.resolutions if (size := choose_size(config, r, height, width)) is not None}
+    return _ladder(config, {r: (0, frames, size) for r, size in sizes.items()})
+
+
+def latent_ladder(config: BucketConfig, shapes: tuple[tuple[int, int, int], ...]) -> Ladder:
+    """Of the latents of one sample, encoded at these (frames, height, width) in pixels.
+
+    A causal VAE encodes the first frames alike whatever follows, so a latent may be cut in time, never in space.
     """
-    length = choose_frames(config, frames)
-    if length is None:
-        return None
-    sizes = {frame_size(r, aspect, config.multiple) for r in config.resolutions for aspect in config.aspects}
-    return Bucket(length, height, width) if (height, width) in sizes else None
+    found: dict[int, tuple[int, int, tuple[int, int]]] = {}
+    for variant, (frames, height, width) in enumerate(shapes):
+        for r in config.resolutions:
+            if (height, width) in {frame_size(r, aspect, config.multiple) for aspect in config.aspects}:
+                found.setdefault(r, (variant, frames, (height, width)))
+    return _ladder(config, found)
+
+
+def _ladder(config: BucketConfig, found: dict[int, tuple[int, int, tuple[int, int]]]) -> Ladder:
+    """{resolution: (variant, frames, size)} -> the ladder."""
+    keep_resolutions = dict(zip(config.resolutions, config.keep_resolutions, strict=bool(config.keep_resolutions)))
+    keep_frames = dict(zip(config.frames, config.keep_frames, strict=bool(config.keep_frames)))
+    ladder = []
+    for r in sorted(found, reverse=True):
+        variant, frames, size = found[r]
+        lengths = sorted((f for f in config.frames if f <= frames), reverse=True)
+        rungs = tuple((keep_frames.get(f, 1.0), (variant, Bucket(f, *size))) for f in lengths)
+        if rungs:
+            ladder.append((keep_resolutions.get(r, 1.0), rungs))
+    return tuple(ladder)
+
+
+def choose(ladder: Ladder, draws: tuple[float, float]) -> tuple[int, Bucket]:
+    """The variant and bucket that a sample is trained as, by two numbers in [0, 1)."""
+    return _descend(_descend(ladder, draws[0]), draws[1])
+
+
+def _descend(options: tuple[tuple[float, T], ...], draw: float) -> T:
+    for keep, option in options[:-1]:
+        if draw < keep:
+            return option
+        draw = (draw - keep) / (1 - keep)
+    return options[-1][1]
+
+
+def shares(ladder: Ladder) -> dict[tuple[int, Bucket], float]:
+    """With which probability a sample becomes what."""
+    found: dict[tuple[int, Bucket], float] = {}
+    for share, rungs in _spread(ladder):
+        for part, rung in _spread(rungs):
+            if share * part:
+                found[rung] = found.get(rung, 0.0) + share * part
+    return found
+
+
+def _spread(options: tuple[tuple[float, T], ...]) -> list[tuple[float, T]]:
+    spread, left = [], 1.0
+    for keep, option in options[:-1]:
+        spread.append((left * keep, option))
+        left *= 1 - keep
+    return [*spread, (left, options[-1][1])] if options else []
 
 
 def merge(configs: Iterable[BucketConfig]) -> list[BucketConfig]:

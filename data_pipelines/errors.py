@@ -13,3 +13,6 @@ class BadSample(Exception):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"{key}: {reason}")
         self.key, self.reason = key, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # it comes from worker processes, too
+        return type(self), (self.key, self.reason)

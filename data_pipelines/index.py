@@ -307,7 +307,8 @@ def _values(row: Row) -> tuple[Any, ...]:
 
 def row_of(table: pa.Table, place: int) -> Row:
     values = [column[place].as_py() for column in table.columns]
-    return Row(*values[:-1], scores=dict(values[-1]))
+    values[-1] = dict(values[-1])
+    return Row(*values)
 
 
 def read_index(storage: Storage, tar: str) -> pa.Table:

@@ -1,33 +1,38 @@
-"""Latent shards: what the VAE and the text encoder made of a shard, one latent shard for each, and the manifest that ties
-them to the encoders. The encoders themselves are passed in."""
+"""Latent shards as they lie on disk: what a sample holds, the manifest that ties it to the encoders that made it, and the check
+that neither they nor the source have changed since."""
 
 import json
+import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from data_pipelines.buckets import Bucket, BucketConfig, choose_frames, choose_size
+from data_pipelines.buckets import Bucket, BucketConfig, buckets_of
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import MEDIA
-from data_pipelines.shards import ShardFile, ShardSet
-from data_pipelines.video import Undecodable, decode
+from data_pipelines.index import Row
+from data_pipelines.shards import ShardSet
+from data_pipelines.storage import Storage
+from data_pipelines.tensors import tensors_in
 
 MANIFEST = "latents.json"
+REPORT = "report.json"
+FORMAT = 3  # of the manifest
+# What becomes of frames before the VAE; another rule is another name.
+PREPROCESSING = "1: from the first frame on at their own rate, scaled to cover the bucket, its centre cut out"
 
 
 @dataclass(frozen=True)
 class Latent:
     """A sample as training sees it: the VAE's posterior [C, T, H, W] in latent frames and pixels, text [M, E] and its pooled
-    vector [V] (empty where the encoder gives none), all fp32; frames a second; its class, -1 for none."""
+    vector [V] (empty where the encoder gives none), as they were stored; frames a second; its class, -1 for none."""
 
     mean: Tensor
     logvar: Tensor
@@ -36,119 +41,68 @@ class Latent:
     fps: float
     label: int
 
+    def pinned(self) -> "Latent":
+        """The same in memory that a GPU copies from while it computes."""
+        mean, logvar, text, pooled = (
+            tensor.pin_memory() for tensor in (self.mean, self.logvar, self.text, self.pooled)
+        )
+        return Latent(mean, logvar, text, pooled, self.fps, self.label)
 
-def read_latent(key: str, members: dict[str, bytes], frames: int | None = None) -> Latent:
-    """Opens a sample of a latent shard, cut to its first `frames` pixel frames. Raises BadSample if it is not one."""
+
+def read_latent(key: str, members: dict[str, Any], frames: int | None = None, choice: float = 0.0) -> Latent:
+    """Opens a sample of a latent shard, cut to its first `frames` pixel frames; its tensors are views of what was read.
+
+    Raises BadSample if it is not one.
+
+    choice: a number in [0, 1) that picks one of its captions, each as often as its weight says.
+    """
     try:
-        tensors = load(members["safetensors"])
-        mean, logvar, text = tensors["mean"], tensors["logvar"], tensors["text"]
+        tensors = tensors_in(memoryview(members["safetensors"]))
         facts = json.loads(members["json"])
+        suffix = nth(pick(facts["caption_weights"], choice)) if "caption_weights" in facts else ""
+        mean, logvar, text = tensors["mean"], tensors["logvar"], tensors["text" + suffix]
         if frames is not None:
             length = 1 + (frames - 1) // facts["temporal_compression"]
             mean, logvar = mean[:, :length], logvar[:, :length]
         fps, label = float(facts["fps"]), int(facts["label"])
-    except (KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise BadSample(key, f"no latent: {error}") from None
-    pooled = tensors["pooled"] if "pooled" in tensors else text.new_zeros(0)
-    return Latent(mean.float(), logvar.float(), text.float(), pooled.float(), fps, label)
+    pooled = tensors.get("pooled" + suffix, text.new_zeros(0))
+    return Latent(mean, logvar, text, pooled, fps, label)
+
+
+def pick(weights: Sequence[float], choice: float) -> int:
+    """Which of them a number in [0, 1) falls on."""
+    ends = list(accumulate(weights))
+    return next((i for i, end in enumerate(ends) if choice * ends[-1] < end), len(ends) - 1)
+
+
+def nth(number: int) -> str:
+    """What the names of a sample's tensors for its caption of that number end in."""
+    return f".{number}" if number else ""
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """What turns samples into latents. `manifest` says which encoders these are: latents of others are stale."""
+class About:
+    """What a raw sample says besides its pictures: its captions with their weights, and its class."""
 
-    video: Callable[[np.ndarray], tuple[Tensor, Tensor]]  # uint8 [T, H, W, 3] -> mean and log-variance [C, T', H', W']
-    text: Callable[[str], tuple[Tensor, Tensor]]  # -> [M, E] and the pooled [V], which may be empty
-    temporal_compression: int
-    dtype: torch.dtype  # of the latents on disk
-    manifest: dict[str, Any]
+    captions: list[tuple[str, float]]
+    label: int
 
 
-def encode_shards(
-    source: ShardSet,
-    output: Path,
-    buckets: list[BucketConfig],
-    encoders: Encoders,
-    progress: Callable[[int, int, str], None],
-    worker: int = 0,
-    workers: int = 1,
-) -> dict[str, dict[str, int]]:
-    """Encodes every sample once for each size that the buckets want, a latent shard for each shard; returns the report.
-
-    Shards already written under the same manifest are kept: a killed run goes on. Samples that cannot be used are skipped and
-    counted by reason. Of several workers each takes its share of the shards. Raises DataError when the output belongs to
-    other encoders or nothing can be used.
-    """
-    claim_manifest(output, encoders.manifest)
-    kept: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    mine = range(worker, len(source.tars), workers)
-    total, done = sum(len(source.rows_of(number)) for number in mine), 0
-    for number in mine:
-        tar = output / source.tars[number].name
-        report = tar.with_suffix(".json")
-        if not tar.exists():
-            for key in _encode_shard(source, number, tar, report, buckets, encoders):
-                done += 1
-                progress(done, total, key)
-        else:
-            done += len(source.rows_of(number))
-    for shard in source.tars:  # those of other workers too, as far as they have come
-        report = (output / shard.name).with_suffix(".json")
-        if report.exists():
-            counts = json.loads(report.read_text())
-            kept.update(counts["kept"])
-            dropped.update(counts["dropped"])
-    if mine and not kept:
-        raise DataError(f"{source.directory}: no sample could be encoded ({dict(dropped)})")
-    return {"kept": dict(sorted(kept.items())), "dropped": dict(sorted(dropped.items()))}
-
-
-def _encode_shard(
-    source: ShardSet, number: int, tar: Path, report: Path, buckets: list[BucketConfig], encoders: Encoders
-) -> Iterator[str]:
-    """Writes one latent shard, and before it its counts; yields the key of each sample dealt with."""
-    kept: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    with ShardFile(tar) as shard:
-        for index in source.rows_of(number):
-            row = source.row(index)
-            try:
-                members = source.read(index)
-                wanted = wanted_buckets(buckets, row.frames, row.height, row.width)
-                if not wanted:
-                    raise BadSample(row.key, "shorter than every bucket")
-                caption = members["txt"].decode()
-                text, pooled = encoders.text(caption)
-                label = read_label(row.key, members)
-                for bucket in wanted:
-                    media = next(content for suffix, content in members.items() if suffix in MEDIA)
-                    frames = decode(media, frames=bucket.frames, height=bucket.height, width=bucket.width)
-                    mean, logvar = encoders.video(frames)
-                    tensors = {"mean": mean, "logvar": logvar, "text": text} | (
-                        {"pooled": pooled} if len(pooled) else {}
-                    )
-                    facts = {
-                        "kind": "image" if bucket.frames == 1 else "video", "frames": bucket.frames, "fps": row.fps,
-                        "height": bucket.height, "width": bucket.width, "source": row.key, "caption": caption,
-                        "caption_tokens": len(text), "temporal_compression": encoders.temporal_compression, "label": label,
-                    }  # fmt: skip
-                    shard.write(
-                        {
-                            "__key__": f"{row.key}-{bucket.height}x{bucket.width}",
-                            "json": facts,
-                            "safetensors": save(
-                                {name: t.to(encoders.dtype).contiguous() for name, t in tensors.items()}
-                            ),
-                        }
-                    )
-                    kept[str(bucket)] += 1
-            except BadSample as bad:
-                dropped[bad.reason] += 1
-            except Undecodable as error:
-                dropped[str(error)] += 1
-            yield row.key
-        write_whole(report, json.dumps({"kept": dict(kept), "dropped": dict(dropped)}))
+def read_about(key: str, members: dict[str, bytes]) -> About:
+    """Of a raw sample. Several captions stand in its json, the first of them also in its txt. Raises BadSample."""
+    try:
+        captions = [(members["txt"].decode(), 1.0)]
+        if "json" in members:
+            given = json.loads(members["json"]).get("captions")
+            captions = [(str(text), float(weight)) for text, weight in given] if given else captions
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        raise BadSample(key, "its captions cannot be read") from None
+    weights = [weight for _, weight in captions]
+    if not all(text.strip() for text, _ in captions) or not all(0 < weight < math.inf for weight in weights):
+        raise BadSample(key, "its captions are not texts with a weight above 0")
+    return About(captions, read_label(key, members))
 
 
 def read_label(key: str, members: dict[str, bytes]) -> int:
@@ -161,47 +115,115 @@ def read_label(key: str, members: dict[str, bytes]) -> int:
         raise BadSample(key, "its class is no number") from None
 
 
-def wanted_buckets(configs: list[BucketConfig], frames: int, height: int, width: int) -> list[Bucket]:
-    """The shapes in which a sample is encoded: each size once, at the longest duration that any stage uses of it."""
-    longest: dict[tuple[int, int], int] = {}
-    for config in configs:
-        length = choose_frames(config, frames)
-        for resolution in config.resolutions if length else ():
-            size = choose_size(config, resolution, height, width)
-            longest[size] = max(longest.get(size, 0), length or 0)
-    return [Bucket(length, *size) for size, length in sorted(longest.items())]
+def latent_sample(
+    row: Row,
+    about: About,
+    variant: int,
+    bucket: Bucket,
+    moments: tuple[Tensor, Tensor],
+    texts: list[tuple[Tensor, Tensor]],
+    temporal_compression: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What `ShardFile.write` takes: mean and log-variance [C, T, H, W] of one size, and each caption's [M, E] and [V].
+
+    `variant` numbers the sizes of one source sample, which stand next to each other.
+    """
+    tensors = {"mean": moments[0], "logvar": moments[1]}
+    for number, (text, pooled) in enumerate(texts):
+        tensors |= {"text" + nth(number): text} | ({"pooled" + nth(number): pooled} if len(pooled) else {})
+    facts: dict[str, Any] = {
+        "kind": "image" if bucket.frames == 1 else "video", "frames": bucket.frames, "fps": row.fps,
+        "height": bucket.height, "width": bucket.width, "variant": variant, "source": row.key,
+        "caption": about.captions[0][0], "caption_tokens": max(len(text) for text, _ in texts),
+        "temporal_compression": temporal_compression, "label": about.label,
+    }  # fmt: skip
+    if len(about.captions) > 1:
+        facts["caption_weights"] = [weight for _, weight in about.captions]
+    if row.scores:
+        facts["scores"] = row.scores
+    return {
+        "__key__": f"{row.key}-{bucket.height}x{bucket.width}",
+        "json": facts,
+        "safetensors": save({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}),
+    }
 
 
-def claim_manifest(output: Path, manifest: dict[str, Any]) -> None:
+def describe_buckets(configs: list[BucketConfig]) -> list[dict[str, Any]]:
+    """What of them decides how samples are encoded, for a manifest. How often a bucket is kept is for training to say."""
+    every = [{k: v for k, v in asdict(config).items() if not k.startswith("keep_")} for config in configs]
+    found: list[dict[str, Any]] = json.loads(json.dumps(every))
+    return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
+def claim_manifest(output: Path, manifest: dict[str, Any], private: Path) -> None:
     """Writes the manifest into a new output directory, or compares it with the one that is there (DataError: they differ)."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / MANIFEST
-    if path.exists():
-        check_manifest(output, manifest)
-        return
-    write_whole(path, json.dumps(manifest, indent=1, sort_keys=True))
+    path, hidden = output / MANIFEST, private / MANIFEST
+    if not path.exists():
+        hidden.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        with suppress(FileExistsError):  # unlike a renaming, a link fails where somebody else was faster
+            path.hardlink_to(hidden)
+        hidden.unlink()
+    compare(str(output), json.loads(path.read_text()), manifest)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete, whoever else writes it at the same time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(latents: Storage) -> dict[str, Any]:
     """The manifest of a directory of latents. Raises DataError naming it."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{directory}: no latents here ({MANIFEST}: {error}); run `megasora encode` first") from None
-    assert isinstance(manifest, dict)
+        manifest = json.loads(latents.read(MANIFEST))
+        if not isinstance(manifest, dict) or manifest["format"] != FORMAT:
+            raise ValueError("another format, from another version")
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{latents.address}: no latents here ({MANIFEST}: {error}); run `megasora encode`") from None
     return manifest
 
 
-def check_manifest(directory: Path, wanted: dict[str, Any]) -> None:
-    """Raises DataError naming the first thing in which the latents of a directory differ from `wanted`."""
-    found = read_manifest(directory)
+def compare(address: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises DataError naming the first thing in which the manifest of latents differs from `wanted`."""
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            raise DataError(f"{directory}: stale latents: {name} is {found.get(name)}, wanted {wanted.get(name)}")
+            raise DataError(f"{address}: stale latents: {name} is {found.get(name)}, wanted {wanted.get(name)}")
+
+
+def check_buckets(address: str, manifest: dict[str, Any], wanted: list[BucketConfig]) -> None:
+    """Raises DataError naming a bucket that training wants and that nothing was encoded for."""
+    encoded: dict[tuple[int, int], int] = {}
+    for bucket in (bucket for one in manifest["buckets"] for bucket in buckets_of(_bucket_config(one))):
+        size = (bucket.height, bucket.width)
+        encoded[size] = max(encoded.get(size, 0), bucket.frames)
+    for bucket in (bucket for config in wanted for bucket in buckets_of(config)):
+        if encoded.get((bucket.height, bucket.width), 0) < bucket.frames:
+            raise DataError(
+                f"{address}: stale latents: bucket {bucket} of the stages was not encoded; run `megasora encode` into "
+                f"another directory"
+            )
+
+
+def _bucket_config(found: dict[str, Any]) -> BucketConfig:
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return BucketConfig(**given)
+
+
+def check_source(latents: Storage) -> None:
+    """Raises DataError where latents are not those of their source any more, naming the shard. A source that is not at hand
+    cannot be asked."""
+    try:
+        report = json.loads(latents.read(REPORT))
+        source = ShardSet.open(report["input"])
+    except (OSError, DataError):
+        return
+    if source.fingerprint == report["source"]:
+        return
+    for tar, digest in source.digests.items():
+        try:
+            made_of = json.loads(latents.read(shard_report(tar)))["source"]
+        except OSError:
+            raise DataError(f"{latents.address}: stale latents: {source.address}/{tar} is not encoded yet") from None
+        if made_of != digest:
+            raise DataError(f"{latents.address}: stale latents: {source.address}/{tar} has changed since")
+    raise DataError(f"{latents.address}: stale latents: {source.address} has fewer shards than it had")
+
+
+def shard_report(tar: str) -> str:
+    """The file beside a latent shard that says what it was made of."""
+    return os.path.splitext(tar)[0] + ".json"  # noqa: PTH122 - a name, not a path

@@ -1,55 +1,101 @@
-"""Global batches of latents, read ahead of the training step: step -> positions -> samples -> this rank's packed rows.
+"""Global batches, read ahead of the training step: step -> positions -> samples -> this rank's packed rows.
 
 Everything but the bytes follows from (index, seed, segment, step): every rank computes the same plan without a word to the
-others, and a run resumes at any step on any number of ranks.
+others, and a run resumes at any step on any number of ranks and workers.
 """
 
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal
 
-import pyarrow
+import numpy as np
 
-from data_pipelines.balance import Assignment, assign
-from data_pipelines.buckets import Bucket, BucketConfig, choose_latent_bucket
+from data_pipelines.balance import Assignment, Meet, assign
+from data_pipelines.buckets import Bucket, BucketConfig
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.items import Items, SampleSource, find_items
 from data_pipelines.latent_shards import Latent, read_latent
-from data_pipelines.order import Permutation, epochs
+from data_pipelines.order import Mixture, Order, Permutation, draw, uniform
+from data_pipelines.reading import Decode, as_they_are, read
+from data_pipelines.storage import CacheConfig
+from data_pipelines.workers import WorkerPool
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What training reads. `capacity` is the tokens of a packed row, the unit of memory: the row is padded to it."""
+    """What training reads. `capacity` is the most tokens of a packed row, the unit of memory."""
 
-    path: str = "data/latents"
+    path: str = "data/latents"  # a directory, or an address such as s3://bucket/latents
+    mixture: dict[str, float] = field(default_factory=dict)  # several such paths by weight, in place of `path`
+    latents: Literal["cached", "online"] = "cached"  # online: raw shards, through the encoders of `encode` on the way
     global_batch: int = 8  # samples a step, whatever the number of processes
     capacity: int = 1024  # tokens
+    row_multiple: int = 128  # rows are padded to a multiple of so many tokens; `capacity` makes all of them alike
+    window: int = 16  # shards that the order mixes at a time
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # what `prepare` measured: least and most
+    costs: str = ""  # a JSON file {bucket: seconds}, measured, in place of FLOPs
+    segments: Literal["refuse", "open"] = "refuse"  # changed data under a resumed run; open: a new segment
     prefetch: int = 3  # steps read ahead
     readers: int = 2  # threads
+    workers: int = 0  # processes that read and decode for them; 0: the threads themselves
+    cache: str = ""  # directory for blocks of remote shards; default: megasora/blocks in the user's cache
+    cache_gb: float = 20.0  # 0: none
     max_replacements: int = 16  # tries for one position before the data set is given up
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "capacity", "prefetch", "readers"):
+        for name in ("global_batch", "capacity", "row_multiple", "window", "prefetch", "readers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-
-
-class LatentSource(Protocol):
-    """What the loader needs of a `ShardSet`: the index as a table, and a sample's members by row."""
-
-    directory: Path
+        for name in ("workers", "cache_gb", "max_replacements"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: not below 0")
+        if not all(weight > 0 for weight in self.mixture.values()):
+            raise ValueError(f"mixture={self.mixture}: the weights are positive numbers")
+        if self.capacity % self.row_multiple:
+            raise ValueError(f"row_multiple={self.row_multiple}: does not divide capacity={self.capacity}")
 
     @property
-    def table(self) -> pyarrow.Table: ...
-    def __len__(self) -> int: ...
-    def key(self, index: int) -> str: ...
-    def read(self, index: int) -> dict[str, bytes]: ...
+    def weights(self) -> dict[str, float]:
+        """Each data set's share."""
+        return self.mixture or {self.path: 1.0}
+
+    @property
+    def latents_at(self) -> str | None:
+        """The address of the first data set, whose manifest names its encoders; None if nothing is cached."""
+        return next(iter(self.weights)) if self.latents == "cached" else None
+
+    def cache_config(self) -> CacheConfig:
+        default = CacheConfig.default()
+        return CacheConfig(Path(self.cache) if self.cache else default.directory, int(self.cache_gb * 2**30))
+
+
+@dataclass(frozen=True)
+class Opener:
+    """From the members of a sample to its latent, in two steps.
+
+    `decode(key, members, bucket)` runs where the sample is read, in a worker process if there are any: it is a function of a
+    module. `finish(key, what that gave, bucket, choice)` runs in this process; `choice` in [0, 1) picks one of several captions.
+    Both raise BadSample.
+    """
+
+    decode: Decode
+    finish: Callable[[str, Any, Bucket, float], Latent]
+    encoded: bool  # the members are latents
+
+
+def cached_opener() -> Opener:
+    """Of latent shards."""
+    return Opener(decode=as_they_are, finish=_open_latent, encoded=True)
+
+
+def _open_latent(key: str, members: dict[str, Any], bucket: Bucket, choice: float) -> Latent:
+    return read_latent(key, members, bucket.frames, choice)
 
 
 @dataclass(frozen=True)
@@ -68,6 +114,7 @@ class Replacement:
 
     position: int
     key: str
+    shard: str
     reason: str
     by: str
 
@@ -77,130 +124,202 @@ class StepBatch:
     """This rank's rows of one global batch, and what every rank knows of the whole."""
 
     rows: list[list[Sample]]
+    lengths: list[int]  # tokens that each row is padded to, the same on all ranks
     keys: list[str]  # of the global batch, in order of position
     buckets: dict[str, int]  # of the global batch: bucket -> samples
     tokens: int  # of the global batch, without padding
-    cost: float  # of the global batch, in the unit of the cost function
-    imbalance: float  # the dearest rank's cost over the mean
+    flops: float  # of the global batch
+    imbalance: float  # time over the mean, for ranks that wait for each other as these do
     replacements: list[Replacement]  # this rank's
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the plan says of one position."""
+
+    source: int  # of the mixture
+    row: int  # of its index
+    bucket: Bucket
+    text_tokens: int
 
 
 @dataclass(frozen=True)
 class _Ahead:
     """A batch whose samples are being read."""
 
-    items: list[tuple[int, Bucket]]
+    items: list[Item]
     assignment: Assignment
     samples: list[list[Future[Sample]]]
     replacements: list[Replacement]
 
 
-class LatentLoader:
-    """Reads the segment of a run: `shards` through the stage's buckets, in the order of `seed`.
+class Loader:
+    """Reads the segment of a run: the sources, by weight, through the stage's buckets, in the order of `seed`.
 
-    `tokens_of(bucket)` and `cost_of(bucket, text tokens)` come from the model. `obey` maps positions to the keys that an
-    earlier attempt read instead. Raises DataError if no sample fits a bucket, or if none of a bucket's can be read.
+    `tokens_of(bucket)`, `flops_of(bucket, text tokens)` and `cost_of` come from the model; a cost may be of any unit. Ranks
+    `meet` once a step or in every micro-batch. `obey` maps positions to the keys that an earlier attempt read instead; `pin`
+    puts latents where a GPU copies from while it computes. Raises DataError if no sample of a source fits a bucket, or if
+    none of a bucket's can be read.
     """
 
     def __init__(
         self,
-        shards: LatentSource,
+        sources: Mapping[SampleSource, float],
+        opener: Opener,
         buckets: BucketConfig,
         config: DataConfig,
         seed: int,
         tokens_of: Callable[[Bucket], int],
+        flops_of: Callable[[Bucket, int], float],
         cost_of: Callable[[Bucket, int], float],
         rank: int = 0,
         ranks: int = 1,
+        meet: Meet = "step",
         obey: dict[int, str] | None = None,
+        pin: bool = False,
     ) -> None:
-        self.shards, self.config, self.seed = shards, config, seed
-        self.tokens_of, self.cost_of = tokens_of, lru_cache(maxsize=None)(cost_of)
-        self.rank, self.ranks = rank, ranks
+        self.sources, self.opener, self.config, self.seed = list(sources), opener, config, seed
+        self.tokens_of, self.flops_of, self.cost_of = tokens_of, lru_cache(None)(flops_of), lru_cache(None)(cost_of)
+        self.rank, self.ranks, self.meet, self.pin = rank, ranks, meet, pin
         self.obey = obey or {}
-        self.items: list[tuple[int, Bucket]] = []  # (row of the index, bucket)
-        columns = [shards.table.column(name).to_pylist() for name in ("frames", "height", "width", "caption_tokens")]
-        self.text_tokens = columns[3]
-        for i, (frames, height, width, _) in enumerate(zip(*columns, strict=True)):
-            if (bucket := choose_latent_bucket(buckets, frames, height, width)) is not None:
-                self.items.append((i, bucket))
-        if not self.items:
-            raise DataError(f"{shards.directory}: none of its {len(shards)} latents fits the buckets of the stage")
-        self.by_bucket: dict[Bucket, list[int]] = {}
-        for i, bucket in self.items:
-            self.by_bucket.setdefault(bucket, []).append(i)
-        self.item_at = epochs(len(self.items), lambda epoch: seed + epoch)
+        self.items: list[Items] = [
+            find_items(source, buckets, encoded=opener.encoded, bounds=config.scores) for source in self.sources
+        ]
+        self.mixture = Mixture(list(sources.values()), draw(seed, "mixture"))
+        self.orders = [
+            Order(items.sizes, draw(seed, "order", i), config.window) for i, items in enumerate(self.items)
+        ]  # fmt: skip
+
+    @property
+    def samples(self) -> int:
+        """Of one epoch of each source."""
+        return sum(map(len, self.items))
+
+    @property
+    def unfit(self) -> int:
+        """Samples that fit no bucket."""
+        return sum(items.unfit for items in self.items)
+
+    def expected(self) -> dict[Bucket, float]:
+        """Samples by bucket of one epoch of each source."""
+        counts: dict[Bucket, float] = {}
+        for items in self.items:
+            for bucket, n in items.expected().items():
+                counts[bucket] = counts.get(bucket, 0.0) + n
+        return dict(sorted(counts.items()))
 
     def batches(self, step: int) -> Generator[StepBatch]:
         """The batches of the segment's steps `step`, `step` + 1, ... without end."""
-        with ThreadPoolExecutor(self.config.readers, thread_name_prefix="reader") as pool:
-            pending: deque[_Ahead] = deque()
-            try:
-                while True:
-                    while len(pending) < self.config.prefetch:
-                        pending.append(self._submit(pool, step))
-                        step += 1
-                    ahead = pending.popleft()
-                    rows = [[future.result() for future in row] for row in ahead.samples]
-                    buckets = [bucket for _, bucket in ahead.items]
-                    yield StepBatch(
-                        rows=rows,
-                        keys=[self.shards.key(i) for i, _ in ahead.items],
-                        buckets={str(bucket): n for bucket, n in sorted(Counter(buckets).items())},
-                        tokens=sum(map(self.tokens_of, buckets)),
-                        cost=sum(ahead.assignment.costs),
-                        imbalance=ahead.assignment.imbalance,
-                        replacements=sorted(ahead.replacements, key=lambda r: r.position),
-                    )
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with ExitStack() as stack:
+            workers = stack.enter_context(WorkerPool(self.config.workers)) if self.config.workers else None
+            threads = max(self.config.readers, self.config.workers)
+            readers = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+            planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+            for pool in (readers, planner):
+                stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            pending: deque[Future[_Ahead]] = deque()
+            while True:
+                while len(pending) < self.config.prefetch:
+                    pending.append(planner.submit(self._submit, readers, workers, step))
+                    step += 1
+                yield self._batch(pending.popleft().result())
 
-    def plan(self, step: int) -> tuple[list[tuple[int, Bucket]], Assignment]:
+    def _batch(self, ahead: _Ahead) -> StepBatch:
+        rows = [[future.result() for future in row] for row in ahead.samples]
+        buckets = [item.bucket for item in ahead.items]
+        return StepBatch(
+            rows=rows,
+            lengths=ahead.assignment.lengths,
+            keys=[self.sources[item.source].key(item.row) for item in ahead.items],
+            buckets={str(bucket): n for bucket, n in sorted(Counter(buckets).items())},
+            tokens=sum(map(self.tokens_of, buckets)),
+            flops=sum(self.flops_of(item.bucket, item.text_tokens) for item in ahead.items),
+            imbalance=ahead.assignment.micro_imbalance if self.meet == "micro" else ahead.assignment.imbalance,
+            replacements=sorted(ahead.replacements, key=lambda r: r.position),
+        )
+
+    def example(self, bucket: Bucket, position: int) -> Sample:
+        """Some sample of a bucket, to measure with."""
+        for source, items in enumerate(self.items):
+            for kind in range(len(items.ladders)):
+                if (variant := items.variant_for(kind, bucket)) is not None:
+                    row = int(items.rows[np.argmax(items.kinds == kind)]) + variant
+                    return self._read(None, position, source, row, bucket)
+        raise DataError(f"{self.sources[0].address}: no sample of bucket {bucket}")
+
+    def item_at(self, position: int) -> Item:
+        """What is trained at a position."""
+        source, place = self.mixture(position)
+        items = self.items[source]
+        item = self.orders[source](place)
+        draws = uniform(self.seed, position, "resolution"), uniform(self.seed, position, "frames")
+        row, bucket = items.choose(item, draws)
+        return Item(source, row, bucket, int(items.text_tokens[item]))
+
+    def plan(self, step: int) -> tuple[list[Item], Assignment]:
         """The items of a step in order of position, and who computes which."""
         first = step * self.config.global_batch
-        items = [self.items[self.item_at(p)] for p in range(first, first + self.config.global_batch)]
-        tokens = [self.tokens_of(bucket) for _, bucket in items]
-        costs = [self.cost_of(bucket, self.text_tokens[i]) for i, bucket in items]
-        return items, assign(tokens, costs, self.ranks, self.config.capacity)
+        items = [self.item_at(p) for p in range(first, first + self.config.global_batch)]
+        tokens = [self.tokens_of(item.bucket) for item in items]
+        costs = [self.cost_of(item.bucket, item.text_tokens) for item in items]
+        return items, assign(tokens, costs, self.ranks, self.config.capacity, self.meet, self.config.row_multiple)
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int) -> _Ahead:
+    def _submit(self, readers: ThreadPoolExecutor, workers: WorkerPool | None, step: int) -> _Ahead:
         items, assignment = self.plan(step)
         replacements: list[Replacement] = []
         first = step * self.config.global_batch
         samples = [
-            [pool.submit(self._fetch, first + i, *items[i], replacements) for i in row]
-            for row in assignment.rows[self.rank]
+            [readers.submit(self._fetch, workers, first + i, items[i], replacements) for i in row]
+            for row in assignment.of(self.rank)
         ]
         return _Ahead(items, assignment, samples, replacements)
 
-    def _fetch(self, position: int, index: int, bucket: Bucket, replacements: list[Replacement]) -> Sample:
+    def _fetch(self, workers: WorkerPool | None, position: int, item: Item, replacements: list[Replacement]) -> Sample:
         """The sample, or a replacement of the same bucket: the log's, else the first readable in an order of its own."""
-        candidates = self.by_bucket[bucket]
-        logged = self.obey.get(position)
-        first = next((i for i in candidates if self.shards.key(i) == logged), index)
-        others = map(Permutation(len(candidates), self.seed ^ position), range(len(candidates)))
-        failures: list[BadSample] = []
-        for place in chain([first], (candidates[i] for i in others)):
+        source = self.sources[item.source]
+        failures: list[tuple[int, BadSample]] = []
+        for row in chain([self._logged(position, item)], self._others(position, item)):
             try:
-                sample = self._read(position, place, bucket)
+                sample = self._read(workers, position, item.source, row, item.bucket)
             except BadSample as bad:
-                failures.append(bad)
+                failures.append((row, bad))
                 if len(failures) > self.config.max_replacements:
                     break
                 continue
             if failures:
-                replacements.append(Replacement(position, failures[0].key, failures[0].reason, sample.key))
+                first, why = failures[0]
+                replacements.append(Replacement(position, why.key, source.shard_of(first), why.reason, sample.key))
             return sample
-        raise DataError(f"{self.shards.directory}: no readable sample of bucket {bucket} in place of {failures[0]}")
+        last, why = failures[-1]
+        raise DataError(
+            f"{source.address}/{source.shard_of(last)}: {len(failures)} samples of bucket {item.bucket} in a row cannot be "
+            f"read, the last {why}"
+        )
 
-    def _read(self, position: int, index: int, bucket: Bucket) -> Sample:
-        try:
-            members = self.shards.read(index)
-        except OSError:  # storage has its moods; a second failure counts
-            time.sleep(0.1)
-            try:
-                members = self.shards.read(index)
-            except OSError as error:
-                raise BadSample(self.shards.key(index), str(error)) from None
-        key = self.shards.key(index)
-        return Sample(position, key, bucket, read_latent(key, members, bucket.frames))
+    def _logged(self, position: int, item: Item) -> int:
+        """The row to read first: the one that an earlier attempt agreed on, or the plan's."""
+        logged = self.obey.get(position)
+        if logged is None:
+            return item.row
+        source = self.sources[item.source]
+        return next((row for row in self._candidates(item) if source.key(row) == logged), item.row)
+
+    def _others(self, position: int, item: Item) -> Iterator[int]:
+        candidates = self._candidates(item)
+        return (
+            int(candidates[i])
+            for i in map(Permutation(len(candidates), draw(self.seed, position, "replacement")), range(len(candidates)))
+        )
+
+    def _candidates(self, item: Item) -> np.ndarray:
+        """The rows of a source that can be trained in an item's bucket."""
+        items = self.items[item.source]
+        variants = [items.variant_for(kind, item.bucket) for kind in range(len(items.ladders))]
+        offsets = np.array([-1 if variant is None else variant for variant in variants])[items.kinds]
+        return (items.rows + offsets)[offsets >= 0]
+
+    def _read(self, workers: WorkerPool | None, position: int, source: int, row: int, bucket: Bucket) -> Sample:
+        key = self.sources[source].key(row)
+        content = read(workers, self.sources[source], row, self.opener.decode, bucket)
+        latent = self.opener.finish(key, content, bucket, uniform(self.seed, position, "caption"))
+        return Sample(position, key, bucket, latent.pinned() if self.pin else latent)

@@ -13,21 +13,20 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property, partial
-from io import BytesIO
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
-from webdataset import TarWriter
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import (
     DIGEST,
+    LATENTS,
     Row,
     TornTar,
     index_bytes,
@@ -59,6 +58,8 @@ class ShardFile:
         self.path, self.samples = path, 0
         self._hidden = path.with_name(f".{path.name}.tmp")
         self._file = self._hidden.open("wb")
+        from webdataset import TarWriter  # seconds to import, since it brings torch: readers do without
+
         self._tar = TarWriter(self._file, user="", group="", mode=0o444, mtime=0, compress=False)
 
     @property
@@ -196,7 +197,7 @@ class ShardSet:
         return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet.open, (self.address, self._cache)
+        return _opened, (self.address, self._cache)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -210,6 +211,11 @@ class ShardSet:
             tar: f"{table.num_rows} {table.schema.metadata[DIGEST].decode()}"
             for tar, table in zip(self.tars, self._tables, strict=True)
         }
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [table.num_rows for table in self._tables]
 
     def rows_of(self, shard: int) -> range:
         """The samples of one shard, by its place in `tars`."""
@@ -236,26 +242,29 @@ class ShardSet:
         """The tar that a sample lies in."""
         return self.tars[self._place(index)[0]]
 
-    def read(self, index: int) -> dict[str, bytes]:
+    def read(self, index: int) -> dict[str, Any]:
         """The sample's members by suffix, such as {"mp4": ..., "txt": ..., "json": ...}, with one read of a range.
+
+        Members are bytes, latents a view of what was read: they are large, and their tensors can lie where they are.
 
         Raises `BadSample` when the tar is short, damaged, another one than was indexed, or cannot be read.
         """
         row = self.row(index)
         tar = self.shard_of(index)
         try:
-            content = self.storage.read(tar, row.offset, row.length)
+            content = self.storage.view(tar, row.offset, row.length)
         except OSError as error:
             raise BadSample(row.key, f"cannot read {tar} ({error.strerror or error})") from error
         if len(content) < row.length:
             raise BadSample(row.key, f"{tar} is truncated")
-        payload: dict[str, bytes] = {}
+        payload: dict[str, Any] = {}
         end = 0
         try:
-            for member in members(BytesIO(content), len(content), end_mark=False):
+            for member in members(cast(BinaryIO, _Window(content)), len(content), end_mark=False):
                 if member.key != row.key or member.refused or member.suffix in payload:
                     raise TornTar(f"finds {member.key}.{member.suffix}")
-                payload[member.suffix] = content[member.data : member.data + member.size]
+                part = content[member.data : member.data + member.size]
+                payload[member.suffix] = part if member.suffix == LATENTS else bytes(part)
                 end = member.end
         except TornTar as error:
             raise BadSample(row.key, f"{tar} is not as it was indexed ({error})") from error
@@ -271,6 +280,12 @@ class ShardSet:
         return shard, index - self._starts[shard]
 
 
+@lru_cache(maxsize=16)
+def _opened(address: str, cache: CacheConfig | None) -> ShardSet:
+    """What a pickle stands for: a worker process that gets one with every job opens it once."""
+    return ShardSet.open(address, cache)
+
+
 def _column(table: pa.Table, name: str) -> np.ndarray:
     if name.startswith("scores."):
         values = pc.map_lookup(table.column("scores"), name.removeprefix("scores."), "first")
@@ -278,7 +293,26 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
     return table.column(name).to_numpy()
 
 
-def _verify(key: str, payload: dict[str, bytes]) -> None:
+class _Window:
+    """A view of bytes as a file to read from, without copying them."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content, self._position = content, 0
+
+    def read(self, size: int) -> bytes:
+        part = bytes(self._content[self._position : self._position + size])
+        self._position += len(part)
+        return part
+
+    def seek(self, position: int) -> int:
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        return self._position
+
+
+def _verify(key: str, payload: dict[str, Any]) -> None:
     try:
         expected = json.loads(payload.get("json", b"{}"))[CHECKSUM]
     except (ValueError, KeyError, TypeError, RecursionError):

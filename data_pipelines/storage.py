@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import xxhash
 
 from data_pipelines.errors import DataError
+
+T = TypeVar("T")
 
 TRIES = 3  # of a read: storage has its moods
 PAUSE = 0.1  # seconds before the second try, four times as long before each that follows
@@ -47,8 +50,12 @@ class Storage(Protocol):
         """Of all files that are not hidden, sorted. Raises DataError where there is no such directory."""
         ...
 
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Those bytes, fewer where the file ends; to its end without `length`."""
+    def read(self, name: str) -> bytes:
+        """A whole small file."""
+        ...
+
+    def view(self, name: str, offset: int, length: int) -> memoryview:
+        """Those bytes, fewer where the file ends; they are the caller's to write to."""
         ...
 
     def mapped(self, name: str) -> pa.NativeFile:
@@ -92,10 +99,11 @@ class Directory:
             raise DataError(f"{self.path}: no such directory")
         return sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
 
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def read(self, name: str) -> bytes:
+        return _retried((self.path / name).read_bytes)
+
+    def view(self, name: str, offset: int, length: int) -> memoryview:
         file = self._file(name)
-        if length is None:
-            length = os.fstat(file.number).st_size - offset
         return _retried(lambda: _pread(file, length, offset))
 
     def mapped(self, name: str) -> pa.NativeFile:
@@ -133,16 +141,16 @@ class _Descriptor:
             os.close(self.number)
 
 
-def _pread(file: _Descriptor, length: int, offset: int) -> bytes:
+def _pread(file: _Descriptor, length: int, offset: int) -> memoryview:
     """All of it, or up to the end of the file: one call of the system gives at most 2 GiB."""
-    parts: list[bytes] = []
-    while length and (part := os.pread(file.number, length, offset)):
-        parts.append(part)
-        length, offset = length - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    buffer = np.empty(length, np.uint8).data  # bytearray would fill it with zeros first
+    done = 0
+    while done < length and (count := os.preadv(file.number, [buffer[done:]], offset + done)):
+        done += count
+    return buffer[:done]
 
 
-def _retried(read: Callable[[], bytes]) -> bytes:
+def _retried(read: Callable[[], T]) -> T:
     for attempt in range(TRIES - 1):
         try:
             return read()
@@ -179,9 +187,12 @@ class Remote:
                 self._facts[name] = self._identify(name, info)
         return sorted(set(names))
 
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def read(self, name: str) -> bytes:
+        return bytes(self.view(name, 0, self._fact(name)[0]))
+
+    def view(self, name: str, offset: int, length: int) -> memoryview:
         size, token = self._fact(name)
-        end = size if length is None else min(size, offset + length)
+        end = min(size, offset + length)
 
         def fetch(first: int, last: int) -> bytes:
             def once() -> bytes:
@@ -190,9 +201,8 @@ class Remote:
 
             return _retried(once)
 
-        if self._cache is None:
-            return fetch(offset, end)
-        return self._cache.read(token, size, offset, end, fetch)
+        content = fetch(offset, end) if self._cache is None else self._cache.read(token, size, offset, end, fetch)
+        return memoryview(bytearray(content))
 
     def mapped(self, name: str) -> pa.NativeFile:
         if self._cache is None:

@@ -1,9 +1,10 @@
 """Latents drawn at random for every bucket: what a benchmark reads when it has no files."""
 
 import json
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
-import pyarrow
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -24,7 +25,7 @@ class SyntheticLatents:
         pooled: int = 0,
         classes: int = 0,
     ) -> None:
-        self.directory = Path("synthetic")
+        self.address = "synthetic"
         self.channels, self.compression, self.text = channels, compression, text
         self.pooled, self.classes = pooled, classes
         every = sorted({bucket for config in buckets for bucket in buckets_of(config)})
@@ -34,16 +35,23 @@ class SyntheticLatents:
             "height": [bucket.height for bucket in self.rows],
             "width": [bucket.width for bucket in self.rows],
             "caption_tokens": [text[0]] * len(self.rows),
+            "variant": [0] * len(self.rows),
         }
-        self.table = pyarrow.table(columns)
+        self._columns = {name: np.array(values) for name, values in columns.items()}
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def columns(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        yield tuple(self._columns.get(name, np.full(len(self), np.nan)) for name in names)
+
+    def shard_of(self, index: int) -> str:
+        return self.address
+
     def key(self, index: int) -> str:
         return f"synthetic-{index:06d}"
 
-    def read(self, index: int) -> dict[str, bytes]:
+    def read(self, index: int) -> dict[str, Any]:
         bucket, (t, h, w) = self.rows[index], self.compression
         shape = (self.channels, 1 + (bucket.frames - 1) // t, bucket.height // h, bucket.width // w)
         generator = torch.Generator().manual_seed(index)
@@ -55,4 +63,4 @@ class SyntheticLatents:
         if self.pooled:
             tensors["pooled"] = torch.randn(self.pooled, generator=generator)
         facts = {"temporal_compression": t, "fps": 24.0, "label": index % self.classes if self.classes else -1}
-        return {"safetensors": save(tensors), "json": json.dumps(facts).encode()}
+        return {"safetensors": memoryview(bytearray(save(tensors))), "json": json.dumps(facts).encode()}

@@ -10,20 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipelines.loader import LatentSource
-from data_pipelines.shards import ShardSet
-from data_pipelines.synthetic import SyntheticLatents
+from data_pipelines.loader import Loader
 from megasora import __version__
-from megasora.build import build_engine, build_loader, build_recipe, check_fit
+from megasora.build import build_engine, build_recipe, check_fit
 from megasora.config import to_dict
-from megasora.encoders import LatentFacts, open_facts
+from megasora.engines.torch_native import Engine
 from megasora.errors import CheckFailed, ConfigError
-from megasora.microbatch import build_microbatch, training_loss
-from megasora.models.text import Text
+from megasora.microbatch import Recipe, build_microbatch, build_rows, training_loss
 from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.parallel.mesh import Processes, processes
 from megasora.schema import Config
+from megasora.training_data import build_loader, open_data, synthetic_data
 
 TEXT_TOKENS = 64  # of a synthetic caption
 PARTS = ("data_wait", "microbatch", "forward_backward", "clip", "update")
@@ -36,11 +34,11 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
     peak, `mfu_gemm` over the best matrix product of this very run.
     """
     with processes(config.parallel.layout) as group:
-        source, facts = open_source(config, synthetic)
-        check_fit(config, group, facts)
+        data = synthetic_data(config, TEXT_TOKENS) if synthetic else open_data(config, group.device)
+        check_fit(config, group, data.facts)
         engine = build_engine(config, group)
-        loader = build_loader(config, group, source, facts, config.stages[0], 0, {})
-        recipe = build_recipe(config, group, facts, config.stages[0], 0)
+        loader = build_loader(config, group, data, config.stages[0], 0, {})
+        recipe = build_recipe(config, group, data.facts, config.stages[0], 0)
         batches = loader.batches(0)
         precision = config.precision.precision
         peak, gemm = device_peak(group.device, precision), gemm_peak(group.device, precision)
@@ -50,9 +48,11 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
             clock = Clock(group.device)
             batch = next(batches)
             clock.lap("data_wait")
-            rows = [build_microbatch(samples, recipe) for samples in batch.rows]
+            rows = build_rows(batch, recipe)
             clock.lap("microbatch")
+            busy = time.thread_time()
             loss = engine.forward_backward(rows, training_loss(recipe)).item()
+            busy = time.thread_time() - busy  # on a CPU: the time that this rank computes, not what it waits for others
             clock.lap("forward_backward")
             engine.clip().item()
             clock.lap("clip")
@@ -62,26 +62,14 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
             if number >= config.bench.warmup:
                 seconds = clock.total
                 steps.append(
-                    {**clock.laps, "step_time_s": seconds, "tokens": batch.tokens, "imbalance": batch.imbalance,
+                    {**clock.laps, "step_time_s": seconds, "busy": busy, "tokens": batch.tokens, "imbalance": batch.imbalance,
                      "tokens_per_s": batch.tokens / seconds,
-                     "tflops_per_device": batch.cost / seconds / group.world / 1e12}
+                     "tflops_per_device": batch.flops / seconds / group.world / 1e12}
                 )  # fmt: skip
         batches.close()
+        if config.bench.costs and group.is_main:
+            write_costs(config, engine, loader, recipe)
         return report(config, group, steps, loss, peak, gemm, synthetic)
-
-
-def open_source(config: Config, synthetic: bool) -> tuple[LatentSource, LatentFacts]:
-    """The latents of data.path, or drawn ones that fit the model."""
-    if not synthetic:
-        return ShardSet.open(Path(config.data.path)), open_facts(Path(config.data.path))
-    compression = config.vae.compression
-    manifest = {"channels": config.model.channels, "compression": list(compression)}
-    buckets = [stage.buckets for stage in config.stages]
-    model = config.model
-    source = SyntheticLatents(
-        buckets, model.channels, compression, (TEXT_TOKENS, model.text_width), model.pooled_width, model.classes
-    )
-    return source, LatentFacts(manifest, Text(torch.zeros(1, model.text_width), torch.zeros(model.pooled_width)))
 
 
 class Clock:
@@ -113,11 +101,16 @@ def report(
     """The result, with the names of metrics.jsonl at the top."""
     median = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     times = sorted(step["step_time_s"] for step in steps)
+    every: list[list[float]] = [[] for _ in range(group.world)]
+    dist.all_gather_object(every, [step["busy"] for step in steps])
+    measured = statistics.mean(max(step) * len(step) / sum(step) for step in zip(*every, strict=True))
     result = {
         "schema": 1, "step_time_s": median["step_time_s"], "data_wait_s": median["data_wait"],
         "tokens_per_s": median["tokens_per_s"], "tflops_per_device": median["tflops_per_device"],
         "mfu": median["tflops_per_device"] * 1e12 / peak, "mfu_gemm": median["tflops_per_device"] * 1e12 / gemm,
-        "imbalance": median["imbalance"], "tokens": median["tokens"], "samples": config.data.global_batch, "loss": loss,
+        "imbalance": statistics.mean(step["imbalance"] for step in steps),
+        "imbalance_measured": measured if group.device.type == "cpu" else None,
+        "tokens": median["tokens"], "samples": config.data.global_batch, "loss": loss,
         "peak_memory_bytes": peak_memory(group.device), "world": group.world, "layout": str(group.layout),
         "spread": {"min": times[0], "max": times[-1], "quartiles": statistics.quantiles(times, n=4) if times[1:] else []},
         "parts": {name: median[name] for name in PARTS}, "peak_flops": peak, "gemm_flops": gemm,
@@ -131,6 +124,25 @@ def report(
     if config.bench.output and group.is_main:
         Path(config.bench.output).write_text(json.dumps(result, indent=1))
     return result
+
+
+def write_costs(config: Config, engine: Engine, loader: Loader, recipe: Recipe) -> None:
+    """Seconds of forward and backward of one sample of each bucket, for data.costs: the best of a few full rows."""
+    seconds: dict[str, float] = {}
+    loss = training_loss(recipe)
+    for bucket in loader.expected():
+        count = config.data.capacity // loader.tokens_of(bucket)
+        row = [loader.example(bucket, position) for position in range(count)]
+        batch = build_microbatch(row, recipe, config.data.capacity)
+        times = []
+        for _ in range(4):
+            clock = Clock(recipe.device)
+            loss(engine.model, batch).backward()
+            clock.lap("step")
+            times.append(clock.total)
+        seconds[str(bucket)] = min(times) / count
+        engine.discard()
+    Path(config.bench.costs).write_text(json.dumps(seconds, indent=1))
 
 
 def device_name(device: torch.device) -> str:
@@ -176,6 +188,8 @@ def compare(result: dict[str, Any], old: dict[str, Any], name: str) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
+    found = result["imbalance_measured"]
+    measured = f", {found:.3f} measured" if found is not None else ""
     lines = [
         f"layout {result['layout']} on {result['world']} x {result['machine']['device']}, data {result['data']}",
         f"step       {result['step_time_s']:9.4f} s   ({result['spread']['min']:.4f} to {result['spread']['max']:.4f}, "
@@ -184,7 +198,7 @@ def table(result: dict[str, Any]) -> str:
         f"tokens/s   {result['tokens_per_s']:11,.0f}",
         f"TFLOP/s    {result['tflops_per_device']:11.4f} per device",
         f"MFU        {100 * result['mfu']:9.1f} %   of the device's peak, {100 * result['mfu_gemm']:.1f} % of a GEMM here",
-        f"imbalance  {result['imbalance']:11.3f}",
+        f"imbalance  {result['imbalance']:11.3f}   predicted{measured}",
         f"memory     {result['peak_memory_bytes'] / 2**30:9.2f} GiB",
     ]
     return "\n".join(lines)

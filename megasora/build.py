@@ -1,21 +1,20 @@
 """What a config asks for, built: the engine, a stage's loader and recipe, the run directory, and the check that they fit."""
 
+import os
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data_pipelines.buckets import Bucket, buckets_of
-from data_pipelines.loader import LatentLoader, LatentSource
+from data_pipelines.buckets import buckets_of
 from megasora.diffusion.objective import Objective, build_objective
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import Engine, TorchNative
 from megasora.errors import ConfigError
-from megasora.microbatch import Recipe, patches_of, tokens_of
+from megasora.microbatch import Recipe, tokens_of
 from megasora.models.attention import find_attention
 from megasora.models.families import build_model, chunk_of
-from megasora.models.flops import training_flops
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
 from megasora.schema import Config, Stage
@@ -63,6 +62,9 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
         for stage in config.stages
         for bucket in buckets_of(stage.buckets)
     )
+    if config.data.row_multiple % unit:
+        nearest = -(-config.data.row_multiple // unit) * unit
+        raise ConfigError(f"data.row_multiple={config.data.row_multiple}: a multiple of {unit}; nearest is {nearest}")
     if capacity % unit or capacity < largest:
         nearest = -(-max(capacity, largest) // unit) * unit
         raise ConfigError(
@@ -86,40 +88,10 @@ def open_run_directory(config: Config, group: Processes) -> Path:
 def build_engine(config: Config, group: Processes) -> Engine:
     """The model on the layout of the group, its weights drawn from the run's seed."""
     if config.run.determinism == "bitwise":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products on a GPU
         torch.use_deterministic_algorithms(True)
     build = partial(build_model, config.model)
     return TorchNative(build, fold(config.run.seed, "weights"), group, config.precision, config.optim)
-
-
-def build_loader(
-    config: Config,
-    group: Processes,
-    shards: LatentSource,
-    latents: LatentFacts,
-    stage: Stage,
-    segment: int,
-    obey: dict[int, dict[int, str]],
-) -> LatentLoader:
-    """The stage's view of the data, balanced by the model's own tokens and FLOPs."""
-
-    def tokens(bucket: Bucket) -> int:
-        return tokens_of(bucket, latents.compression, config.model.patch)
-
-    def cost(bucket: Bucket, text_tokens: int) -> float:
-        shape = patches_of(bucket, latents.compression, config.model.patch)
-        return float(training_flops(config.model, shape, text_tokens))
-
-    return LatentLoader(
-        shards,
-        stage.buckets,
-        config.data,
-        seed=fold(config.run.seed, "order", segment),
-        tokens_of=tokens,
-        cost_of=cost,
-        rank=group.data_rank,
-        ranks=group.layout.dp,
-        obey=obey.get(segment, {}),
-    )
 
 
 def find_objective(config: Config) -> Objective | None:
@@ -140,7 +112,6 @@ def build_recipe(config: Config, group: Processes, latents: LatentFacts, stage: 
         null=latents.null,
         patch=config.model.patch,
         chunk=chunk_of(config.model),
-        capacity=config.data.capacity,
         global_batch=config.data.global_batch,
         device=group.device,
     )

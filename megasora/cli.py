@@ -15,6 +15,7 @@ from megasora.errors import ConfigError, MegasoraError
 VERBS: dict[str, str] = {
     "prepare": "raw videos, images and captions -> webdataset shards with an index",
     "index": "index webdataset tars in place",
+    "buckets": "show what the buckets make of the shards",
     "train-vae": "train the video VAE on the shards",
     "encode": "shards -> latent shards, through the VAE and the text encoder",
     "train": "train the generator on the latent shards",
@@ -48,8 +49,8 @@ def main(argv: list[str]) -> int:
             return _no_verb(argv)
         run_verb(argv)
     except (MegasoraError, DataError) as error:
-        # A wrong config is wrong on every process alike: one of them says so.
-        if os.environ.get("RANK", "0") == "0":
+        # A wrong config is wrong on every process alike: one of them says so. Where each works for itself, each speaks.
+        if os.environ.get("RANK", "0") == "0" or (isinstance(error, DataError) and argv[0] in ("prepare", "encode")):
             print(f"megasora: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:

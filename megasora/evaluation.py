@@ -4,7 +4,6 @@ Both are of the averaged weights, and nothing in them is drawn anew: two evaluat
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipelines.loader import LatentSource
-from data_pipelines.shards import ShardSet
-from megasora.build import build_loader, build_recipe, find_objective
-from megasora.encoders import LatentFacts, open_encoders, open_facts
+from megasora.build import build_recipe, find_objective
+from megasora.encoders import open_encoders
 from megasora.engines.torch_native import Engine
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, build_microbatch
@@ -25,32 +22,34 @@ from megasora.rendering import make_prompts, render
 from megasora.sampling import Generator
 from megasora.schema import Config, EvalConfig, Stage
 from megasora.seeding import fold
+from megasora.training_data import TrainingData, build_loader, data_at, open_data
 
 
 def evaluation_loss(
-    config: Config, group: Processes, engine: Engine, shards: LatentSource, latents: LatentFacts, stage: Stage
+    config: Config, group: Processes, engine: Engine, data: TrainingData, stage: Stage
 ) -> dict[str, float]:
     """The loss of eval.samples samples at each quantile of the timesteps, by quantile and by bucket. All ranks call it.
 
     Keys: `loss`, `loss_q0.50`, `loss_17x80x144`. Raises ConfigError when the held-out latents are of other encoders.
     """
     if config.eval.path:
-        shards, held_out = ShardSet.open(Path(config.eval.path)), open_facts(Path(config.eval.path))
-        if held_out.manifest != latents.manifest:
+        held_out = open_data(data_at(config, config.eval.path), group.device)
+        if held_out.facts.manifest != data.facts.manifest:
             raise ConfigError(f"eval.path={config.eval.path}: made by other encoders than data.path={config.data.path}")
+        data = held_out
     ranks = group.layout.dp
     samples = -(-config.eval.samples // ranks) * ranks
     local = replace(config, data=replace(config.data, global_batch=samples))
-    loader = build_loader(local, group, shards, latents, stage, segment=-1, obey={})
+    loader = build_loader(local, group, data, stage, segment=-1, obey={})
     (batch,) = (batch for batch, _ in zip(loader.batches(0), range(1), strict=False))
-    recipe = build_recipe(local, group, latents, replace(stage, tasks={"text": 1.0}, drop_captions=0.0), segment=-1)
+    recipe = build_recipe(local, group, data.facts, replace(stage, tasks={"text": 1.0}, drop_captions=0.0), segment=-1)
     recipe = replace(recipe, seed=fold(config.run.seed, "evaluation"))
     objective = find_objective(config)
     found: list[tuple[str, str, float]] = []
     with engine.averaged(), torch.no_grad():
         for quantile in config.eval.quantiles if objective else (None,):
-            for row in batch.rows:
-                micro = build_microbatch(row, replace(recipe, quantile=quantile))
+            for row, length in zip(batch.rows, batch.lengths, strict=True):
+                micro = build_microbatch(row, replace(recipe, quantile=quantile), length)
                 losses = sample_losses(engine.model, micro, objective)
                 names = [str(sample.bucket) for sample in row]
                 at = "" if quantile is None else f"q{quantile:.2f}"
@@ -86,7 +85,7 @@ def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[
     settings = replace(config.sample, prompts=config.eval.prompts or config.sample.prompts)
     if objective is None or not (settings.prompts or settings.labels):
         return []
-    stage, text = open_encoders(config.encode, Path(config.data.path), group.device)
+    stage, text = open_encoders(config.encode, config.data.latents_at, group.device)
     generator = Generator(engine.model, config.model, objective, config.objective, settings, group.device)
     with engine.averaged():
         return [

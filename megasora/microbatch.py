@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.buckets import Bucket
-from data_pipelines.loader import Sample
+from data_pipelines.loader import Sample, StepBatch
 from megasora.diffusion.conditioning import draw_mask
 from megasora.diffusion.flow import FlowConfig, size_shift
 from megasora.diffusion.objective import Objective
@@ -46,21 +46,28 @@ class Recipe:
     null: Text  # the empty caption
     patch: Patch
     chunk: int  # frames of patches that share a timestep; 0: the whole sample
-    capacity: int
     global_batch: int
     device: torch.device
     quantile: float | None = None  # every timestep at this quantile of the distribution, not drawn
 
 
-def build_microbatch(samples: Sequence[Sample], recipe: Recipe) -> MicroBatch:
-    """Draws each sample's latent, noise, timesteps and task and packs them. The loss of a token is weighted 1 / (learned
-    tokens of its sample · samples of the global batch), so that the sum over all rows and ranks is the mean of the samples'
-    means."""
+def build_rows(batch: StepBatch, recipe: Recipe) -> list[MicroBatch]:
+    """This rank's micro-batches of a step."""
+    return [build_microbatch(row, recipe, length) for row, length in zip(batch.rows, batch.lengths, strict=True)]
+
+
+def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> MicroBatch:
+    """Draws each sample's latent, noise, timesteps and task and packs them into a row of `length` tokens. The loss of a token is
+    weighted 1 / (learned tokens of its sample · samples of the global batch), so that the sum over all rows and ranks is the
+    mean of the samples' means."""
     items, data, noise, weights = [], [], [], []
     for sample in samples:
         name = (recipe.seed, recipe.segment, sample.position)
         latent = sample.latent
-        mean, logvar = latent.mean.to(recipe.device), latent.logvar.to(recipe.device)
+        mean, logvar, tokens, pooled = (
+            tensor.to(recipe.device, torch.float32, non_blocking=True)
+            for tensor in (latent.mean, latent.logvar, latent.text, latent.pooled)
+        )
         clean = mean + torch.exp(0.5 * logvar) * normal(tuple(mean.shape), "posterior", *name, device=recipe.device)
         shape = in_patches(clean.shape[1:], recipe.patch)
         timesteps, given = draw_frames(shape, clean.shape[1:], recipe, name)
@@ -71,7 +78,7 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe) -> MicroBatch:
             kept = given.to(recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)
             noisy = torch.where(kept, clean, recipe.objective.corrupt(clean, blur, t))
         dropped = torch.rand((), generator=generator("caption", *name)).item() < recipe.drop_captions
-        text = recipe.null if dropped else Text(latent.text, latent.pooled)
+        text = recipe.null if dropped else Text(tokens, pooled)
         items.append(
             Item(
                 patchify(noisy, recipe.patch),
@@ -87,8 +94,8 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe) -> MicroBatch:
         noise.append(patchify(blur, recipe.patch))
         learned = (~given).repeat_interleave(shape[1] * shape[2]).to(recipe.device)  # [L]
         weights.append(learned / (learned.sum() * recipe.global_batch))
-    row = pack(items, recipe.capacity)
-    padding = recipe.capacity - sum(map(len, data))
+    row = pack(items, length)
+    padding = length - sum(map(len, data))
     if recipe.objective is None:
         weight = torch.full((len(samples),), 1.0 / recipe.global_batch, device=recipe.device)
         weight = F.pad(weight, (0, bool(padding)))

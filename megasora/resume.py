@@ -1,5 +1,7 @@
 """Where a run goes on: the checkpoint, and the promise that nothing but what may change has changed."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,21 +9,24 @@ from typing import Any
 from data_pipelines.errors import DataError
 from megasora.checkpoint.directory import list_checkpoints
 from megasora.checkpoint.load import load, read_facts, resume_path
-from megasora.checkpoint.manifest import MANIFEST, Problem
+from megasora.checkpoint.manifest import MANIFEST, Problem, write_file
 from megasora.config import flatten, to_dict
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckpointError, ConfigError
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, read_lines
 from megasora.schema import Config
+from megasora.training_data import TrainingData, describe_difference
 
 # Sections and keys that may differ between a checkpoint and the run that resumes it, because losses do not depend on them.
 # data.path may move: the index's fingerprint is what counts.
 FREE = (
     "run", "engine", "parallel", "observe", "checkpoint", "sample", "eval", "bench", "prepare", "train_vae", "vae", "encode",
-    "model.attention", "model.preset", "data.path", "data.capacity", "data.prefetch", "data.readers",
-    "data.max_replacements",
+    "model.attention", "model.preset", "data.path", "data.capacity", "data.row_multiple", "data.costs", "data.segments",
+    "data.prefetch", "data.readers", "data.workers", "data.cache", "data.cache_gb", "data.max_replacements",
 )  # fmt: skip
+# Which samples a step has follows from these; changed on purpose, they begin a new segment.
+ORDER = re.compile(r"data\.(mixture|latents|global_batch|window|scores)\b.*|stages\.\d+\.buckets\..*")
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,10 @@ class Start:
     source: Path | None
     rejected: dict[Path, list[Problem]]  # newer checkpoints that were passed over
     obey: dict[int, dict[int, str]]  # segment -> position -> key
+    breaks: tuple[int, ...]  # steps at which the data was changed on purpose
 
 
-def find_start(config: Config, fingerprint: str) -> Start:
+def find_start(config: Config, data: TrainingData) -> Start:
     """Looks for what `run.resume` names and compares it with this run; changes and creates nothing. All ranks call it.
 
     Raises ConfigError for a changed key, DataError for changed data, CheckpointError for a damaged or missing checkpoint.
@@ -51,10 +57,13 @@ def find_start(config: Config, fingerprint: str) -> Start:
     resume = resume_path(root, config.run.resume)
     obey = logged_replacements(run)
     if resume.path is None:
-        return Start(0, None, resume.rejected, obey)
+        return Start(0, None, resume.rejected, obey, ())
     facts = read_facts(resume.path)
-    check_same_run(facts, config, fingerprint, resume.path)
-    return Start(int(facts["step"]), resume.path, resume.rejected, obey)
+    step, breaks = int(facts["step"]), tuple(facts["breaks"])
+    if check_same_run(facts, config, data, resume.path):
+        log.info("other data than before: a new segment begins after step %d", step)
+        breaks = (*(b for b in breaks if b < step), step)
+    return Start(step, resume.path, resume.rejected, obey, breaks)
 
 
 def load_start(start: Start, config: Config, engine: Engine) -> None:
@@ -78,25 +87,48 @@ def load_weights(path: Path, engine: Engine) -> None:
     log.info("weights from %s", path)
 
 
-def check_same_run(facts: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:
-    """Compares a checkpoint's config and data with this run's, apart from what is free or allowed by run.allow_change."""
+def check_same_run(facts: dict[str, Any], config: Config, data: TrainingData, path: Path) -> bool:
+    """Compares a checkpoint's config and data with this run's, apart from what is free or allowed by run.allow_change or,
+    as far as the data goes, by data.segments=open. Whether the order of the data is another one."""
     allowed = (*FREE, *config.run.allow_change)
+    opens = config.data.segments == "open"
 
     def may_change(key: str) -> bool:
         return any(key == free or key.startswith(f"{free}.") for free in allowed)
 
     before, now = flatten(facts["config"]), flatten(to_dict(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not may_change(key):
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    for key in changed:
+        order = ORDER.fullmatch(key) is not None
+        if not may_change(key) and not (order and opens):
+            hint = "--data.segments=open begins a new segment" if order else f"give --run.allow_change=[{key}]"
             raise ConfigError(
                 f"{key}={now.get(key)}: the checkpoint {path} was made with {before.get(key)}; "
-                f"to change it on purpose give --run.allow_change=[{key}]"
+                f"to change it on purpose {hint}"
             )
-    if facts["fingerprint"] != fingerprint and not may_change("data"):
+    other = facts["fingerprint"] != data.fingerprint
+    if other and not (may_change("data") or opens):
+        digests = read_digests(Path(config.run.dir), facts["fingerprint"])
+        difference = describe_difference(digests, data.digests) if digests else "what it was is not recorded here"
         raise DataError(
-            f"{config.data.path}: not the data that {path} was trained on (index {fingerprint}, was "
-            f"{facts['fingerprint']}); to change it on purpose give --run.allow_change=[data]"
+            f"{' and '.join(data.digests)}: not the data that {path} was trained on ({difference}); "
+            f"to change it on purpose --data.segments=open begins a new segment"
         )
+    return other or any(ORDER.fullmatch(key) for key in changed)
+
+
+def save_digests(run: Path, data: TrainingData) -> None:
+    """What each shard of the data held, for the day on which it is another."""
+    write_file(run / f"data-{data.fingerprint}.json", json.dumps(data.digests, indent=1).encode())
+
+
+def read_digests(run: Path, fingerprint: str) -> dict[str, dict[str, str]]:
+    try:
+        found = json.loads((run / f"data-{fingerprint}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    assert isinstance(found, dict)
+    return found
 
 
 def logged_replacements(run: Path) -> dict[int, dict[int, str]]:

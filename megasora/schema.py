@@ -92,6 +92,16 @@ class EncodeConfig:
     text: str = ""  # T5_DIR, or T5_DIR,CLIP_DIR for a pooled vector; empty: a small encoder is made from the captions
     text_dtype: Literal["float32", "bfloat16"] = "float32"  # of a published text encoder's weights
     latent_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    batch_megapixels: float = 16.0  # of clips of one shape encoded at once; a longer clip goes alone, piece by piece
+    workers: int = 0  # processes of each rank that decode ahead; 0: threads
+    claim_seconds: float = 300.0  # a shard whose worker has not been heard of for so long is taken over by another
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: at least 0")
+        for name in ("batch_megapixels", "claim_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a positive number is expected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +189,7 @@ class BenchConfig:
     steps: int = 10
     against: str = ""
     output: str = ""
+    costs: str = ""  # a file for the seconds that a sample of each bucket takes, as data.costs reads it; on one process
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("steps", 1)):

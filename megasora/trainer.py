@@ -5,7 +5,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,25 +12,26 @@ import torch.distributed as dist
 import xxhash
 import yaml
 
+from data_pipelines.buckets import buckets_of
 from data_pipelines.errors import DataError
 from data_pipelines.loader import Replacement, StepBatch
-from data_pipelines.shards import ShardSet
-from megasora.build import build_engine, build_loader, build_recipe, check_fit, open_run_directory
+from megasora.build import build_engine, build_recipe, check_fit, open_run_directory
 from megasora.checkpoint.save import prune, save
 from megasora.cluster.signals import StopRequest, stop_on_signal
 from megasora.config import to_dict
-from megasora.encoders import open_facts
 from megasora.engines.optim import learning_rate
 from megasora.errors import StoppedEarly
 from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
-from megasora.microbatch import Recipe, build_microbatch, training_loss
+from megasora.microbatch import Recipe, build_rows, training_loss
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.parallel.mesh import Processes, processes
 from megasora.rendering import write_sheet, write_video
-from megasora.resume import find_start, load_start
+from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
+from megasora.segments import Segment, segments_of
+from megasora.training_data import build_loader, check_current, open_data
 
 MAX_SKIPPED = 20  # steps in a row, before a run that learns nothing is ended
 
@@ -51,55 +51,63 @@ class Trainer:
 
     def __init__(self, config: Config, group: Processes, stop: StopRequest) -> None:
         self.config, self.group, self.stop = config, group, stop
-        self.shards = ShardSet.open(Path(config.data.path))
-        self.latents = open_facts(Path(config.data.path))
-        check_fit(config, group, self.latents)
-        start = find_start(config, self.shards.fingerprint)
+        self.data = open_data(config, group.device)
+        check_fit(config, group, self.data.facts)
+        check_current(config)
+        start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
         self.engine = build_engine(config, group)
         load_start(start, config, self.engine)
-        self.step, self.obey = start.step, start.obey
-        self.last = stage_spans(config)[-1][3]
+        self.step, self.obey, self.breaks = start.step, start.obey, start.breaks
+        self.segments = segments_of(config, self.breaks)
+        self.last = self.segments[-1].end
         self.journal = Journal(self.run_dir, config.observe.tensorboard) if group.is_main else None
         if group.is_main:  # only now: a config that may not resume here leaves the old one
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+            save_digests(self.run_dir, self.data)
         self.peak_flops = device_peak(group.device, config.precision.precision)
         self.bad_samples = self.skipped = 0
         self.step_times: deque[float] = deque(maxlen=50)
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
-                   fingerprint=self.shards.fingerprint, torch=torch.__version__)  # fmt: skip
+                   fingerprint=self.data.fingerprint, torch=torch.__version__)  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
-                 self.step, f"{sum(p.numel() for p in self.engine.model.parameters()):,}", f"{len(self.shards):,}",
+                 self.step, f"{sum(p.numel() for p in self.engine.model.parameters()):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip
 
     def run(self) -> None:
-        for segment, stage, first, end in stage_spans(self.config):
-            if self.step < end:
-                self.run_stage(segment, stage, first, end)
+        for segment in self.segments:
+            if self.step < segment.end:
+                self.run_segment(segment)
         if self.step > self.last:
             log.info("nothing to do: %d steps are done, run.steps=%d", self.step, self.last)
         log.info("done: %d steps; everything lies in %s", self.step, self.run_dir)
 
-    def run_stage(self, segment: int, stage: Stage, first: int, end: int) -> None:
-        """The updates from `self.step` to `end` of the stage that began at `first`."""
-        loader = build_loader(self.config, self.group, self.shards, self.latents, stage, segment, self.obey)
-        recipe = build_recipe(self.config, self.group, self.latents, stage, segment)
-        self.event("segment", segment=segment, stage=stage.name, step=self.step, samples=len(loader.items))
-        log.info("stage %s: steps %d to %d, %d latents in %d buckets", stage.name, self.step + 1, end,
-                 len(loader.items), len(loader.by_bucket))  # fmt: skip
-        batches = loader.batches(self.step - first)
-        while self.step < end:
+    def run_segment(self, segment: Segment) -> None:
+        """The updates from `self.step` to the end of a stage, or of the part of it that has the data of this run."""
+        stage = segment.stage
+        loader = build_loader(self.config, self.group, self.data, stage, segment.number, self.obey)
+        recipe = build_recipe(self.config, self.group, self.data.facts, stage, segment.number)
+        found = loader.expected()
+        self.event("segment", segment=segment.number, stage=stage.name, step=self.step, samples=loader.samples,
+                   unfit=loader.unfit, buckets={str(bucket): round(n, 1) for bucket, n in found.items()})  # fmt: skip
+        log.info("stage %s: steps %d to %d, %d samples in %d buckets, %d fit none", stage.name, self.step + 1, segment.end,
+                 loader.samples, len(found), loader.unfit)  # fmt: skip
+        if empty := [str(bucket) for bucket in buckets_of(stage.buckets) if bucket not in found]:
+            log.warning("stage %s: %d buckets have no sample: %s", stage.name, len(empty), ", ".join(empty[:8]))
+        batches = loader.batches(self.step - segment.first)
+        while self.step < segment.end:
             begin = time.perf_counter()
-            batch, stopping = self.next_batch(batches, segment)
+            batch, stopping = self.next_batch(batches, segment.number)
             data_wait = time.perf_counter() - begin
 
-            lr = learning_rate(self.config.optim, stage.lr or self.config.optim.lr, self.step - first, stage.steps)
+            done = self.step - segment.stage_first
+            lr = learning_rate(self.config.optim, stage.lr or self.config.optim.lr, done, stage.steps)
             loss, grad_norm = self.train_step(batch, recipe, lr)
             self.step += 1
             self.record(stage, batch, loss, grad_norm, lr, time.perf_counter() - begin, data_wait)
 
             if self.step % self.config.checkpoint.every == 0 or self.step == self.last or stopping:
-                self.save(segment, self.step - first)
+                self.save(segment)
             if stopping and self.step < self.last:
                 why = self.stop.signal or "a signal to another process"
                 raise StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command goes on from there")
@@ -107,10 +115,11 @@ class Trainer:
                 self.evaluate(stage)
             if self.due(self.config.eval.every):
                 self.show()
+        batches.close()
 
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
-        rows = [build_microbatch(samples, recipe) for samples in batch.rows]
+        rows = build_rows(batch, recipe)
         loss = self.engine.forward_backward(rows, training_loss(recipe)).item()
         grad_norm = self.engine.clip().item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -147,6 +156,8 @@ class Trainer:
             for replacement in itertools.chain.from_iterable(found for _, found in everyone):
                 self.event("bad_sample", segment=segment, **vars(replacement))
                 log.warning("bad sample %(key)s (%(reason)s): %(by)s instead", vars(replacement))
+                if self.journal:
+                    self.journal.quarantine(replacement.shard, replacement.key, replacement.reason)
         self.bad_samples += bad
         assert batch is not None
         return batch, bool(stopping)
@@ -158,8 +169,8 @@ class Trainer:
         self.step_times.append(seconds)
         if self.journal is None:
             return
-        flops_per_s = batch.cost / seconds / self.group.world
-        row_tokens = len(batch.rows) * self.group.layout.dp * self.config.data.capacity
+        flops_per_s = batch.flops / seconds / self.group.world
+        row_tokens = sum(batch.lengths) * self.group.layout.dp
         metrics = StepMetrics(
             attempt=self.journal.attempt, time=time.time(), step=self.step, stage=stage.name, loss=loss,
             grad_norm=grad_norm, lr=lr, samples=self.config.data.global_batch, tokens=batch.tokens,
@@ -175,12 +186,13 @@ class Trainer:
             seconds_left = (self.last - self.step) * sum(self.step_times) / len(self.step_times)
             log.info("%s", console_line(metrics, self.last, seconds_left))
 
-    def save(self, segment: int, position: int) -> None:
+    def save(self, segment: Segment) -> None:
         """A checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
         begin = time.perf_counter()
         facts = {
-            "step": self.step, "segment": segment, "segment_step": position, "config": to_dict(self.config),
-            "fingerprint": self.shards.fingerprint, "layout": str(self.group.layout), "world": self.group.world,
+            "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first,
+            "breaks": list(self.breaks), "config": to_dict(self.config), "fingerprint": self.data.fingerprint,
+            "layout": str(self.group.layout), "world": self.group.world,
         }  # fmt: skip
         root = self.run_dir / "checkpoints"
         path = save(root, self.step, self.engine.tensors(), facts)
@@ -195,7 +207,7 @@ class Trainer:
 
     def evaluate(self, stage: Stage) -> None:
         """The loss of fixed samples at fixed timesteps."""
-        losses = evaluation_loss(self.config, self.group, self.engine, self.shards, self.latents, stage)
+        losses = evaluation_loss(self.config, self.group, self.engine, self.data, stage)
         self.event("eval", step=self.step, **losses)
         if self.journal:
             self.journal.evaluation(losses, self.step)
@@ -227,16 +239,3 @@ class Trainer:
     def close(self) -> None:
         if self.journal:
             self.journal.close()
-
-
-def stage_spans(config: Config) -> list[tuple[int, Stage, int, int]]:
-    """(segment, stage, first step, end) of each stage that `run.steps` reaches; the last stage goes on if it asks for more."""
-    spans, first = [], 0
-    last = config.run.steps or sum(stage.steps for stage in config.stages)
-    for segment, stage in enumerate(config.stages):
-        final = segment == len(config.stages) - 1
-        end = last if final else min(first + stage.steps, last)
-        if first < end:
-            spans.append((segment, stage, first, end))
-        first += stage.steps
-    return spans

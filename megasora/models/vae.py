@@ -67,8 +67,9 @@ class Spatial(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(rearrange(x, "B T H W C -> (B T) C H W"))
-        return rearrange(y, "(B T) C H W -> B T H W C", B=len(x))
+        # By flatten and permute: a batch of one then has the strides of one among many, so the same kernel and the same bits.
+        y = self.conv(x.flatten(0, 1).permute(0, 3, 1, 2))  # [B·T, C, H, W]
+        return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])  # [B, T, H, W, C]
 
 
 class Temporal(nn.Module):
@@ -80,11 +81,11 @@ class Temporal(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        H = x.shape[2]
+        _, _, H, W, _ = x.shape
         before = x[:, :1].expand(-1, 2, -1, -1, -1) if cache is None or self not in cache else cache[self]
         padded = torch.cat([before, x], dim=1)
-        y = self.conv(rearrange(padded, "B T H W C -> B C T (H W)"))
-        y = rearrange(y, "B C T (H W) -> B T H W C", H=H)
+        y = self.conv(padded.flatten(2, 3).permute(0, 3, 1, 2))  # [B, C, T, H·W]
+        y = y.permute(0, 2, 3, 1).unflatten(2, (H, W))  # [B, T, H, W, C]
         if cache is not None:
             cache[self] = padded[:, y.shape[1] * self.stride :]  # where the next window begins
         return y

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from data_pipelines.video import encode_gif
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, QUARANTINE = "metrics.jsonl", "events.jsonl", "quarantine.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ class Journal:
     """Appends to the run directory. `events` are starts, saves, faults, bad samples, segments."""
 
     def __init__(self, run: Path, tensorboard: bool) -> None:
+        self.run = run
         self.attempt = 1 + max((line["attempt"] for line in read_lines(run / EVENTS)), default=-1)
         self.metrics, self.events = _append(run / METRICS), _append(run / EVENTS)
         self.board = None
@@ -94,6 +95,11 @@ class Journal:
 
     def event(self, kind: str, **facts: Any) -> None:
         _write(self.events, {"attempt": self.attempt, "time": time.time(), "event": kind, **facts})
+
+    def quarantine(self, shard: str, key: str, reason: str) -> None:
+        """A sample that cannot be read, for whoever mends or removes it."""
+        with (self.run / QUARANTINE).open("a") as file:
+            _write(file, {"shard": shard, "key": key, "reason": reason})
 
     def step(self, metrics: StepMetrics) -> None:
         _write(self.metrics, asdict(metrics))

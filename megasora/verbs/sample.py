@@ -54,9 +54,8 @@ def sample(config: Config) -> list[Path]:
     objective = find_objective(config)
     if objective is None:
         raise ConfigError(f"model.family={config.model.family}: a classifier makes no videos")
-    latents = Path(config.data.path)
     device = pick_device()
-    stage, text = open_encoders(config.encode, latents, device)
+    stage, text = open_encoders(config.encode, config.data.latents_at, device)
     prompts = make_prompts(wanted, text)
     with Progress("sample") as progress:
         ticks = itertools.count(1)

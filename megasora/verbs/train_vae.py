@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import MEDIA
-from data_pipelines.order import epochs
+from data_pipelines.order import Order
 from data_pipelines.shards import ShardSet
 from data_pipelines.video import Undecodable, decode
 from megasora.cli import add_config_argument
@@ -89,7 +89,7 @@ class RandomCrops:
 
     def __init__(self, shards: ShardSet, size: int, seed: int) -> None:
         self.shards, self.size, self.seed = shards, size, seed
-        self.sample_at = epochs(len(shards), lambda epoch: fold(seed, "clips", epoch))
+        self.sample_at = Order(shards.sizes, fold(seed, "clips"), window=16)
         self.bad: dict[int, str] = {}
         self.decoded = lru_cache(maxsize=64)(self._decode)
 

@@ -139,6 +139,8 @@ def test_changed_data_is_refused(road: Road, straight: Path) -> None:
     done = road.run("train", f"--run.dir={run}", f"--data.path={latents}", "--run.steps=41", code=3)
     assert len(done.stderr.splitlines()) == 1
     assert "not the data" in done.stderr
+    assert f"1 missing ({last.name}) of" in done.stderr
+    assert "--data.segments=open" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_passed_over_or_exits_4(road: Road, straight: Path) -> None:
@@ -167,6 +169,9 @@ def test_unreadable_latents_are_replaced_logged_and_counted(road: Road) -> None:
     assert bad
     assert all("truncated" in e["reason"] for e in bad)
     assert history(run)[-1]["bad_samples"] == len(bad)
+    quarantined = list(read_lines(run / "quarantine.jsonl"))
+    assert [(q["key"], q["reason"]) for q in quarantined] == [(e["key"], e["reason"]) for e in bad]
+    assert {q["shard"] for q in quarantined} == {tar.name}
     again = road.directory / "torn2"
     road.run("train", f"--run.dir={again}", f"--data.path={latents}", "--run.steps=20", "--run.seed=5", nproc=2)
     for one, two in zip(history(run), history(again), strict=True):

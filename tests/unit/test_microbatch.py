@@ -21,7 +21,7 @@ from megasora.models.text import Text
 RECIPE = Recipe(
     seed=1, segment=2, objective=build_objective("flow", FlowConfig(), GaussianConfig()), flow=FlowConfig(), shift=3.0,
     tasks={"text": 1.0}, drop_captions=0.0, null=Text(torch.full((1, 8), -1.0), torch.zeros(0)), patch=(1, 2, 2), chunk=0,
-    capacity=64, global_batch=3, device=torch.device("cpu"),
+    global_batch=3, device=torch.device("cpu"),
 )  # fmt: skip
 
 
@@ -49,10 +49,14 @@ class Constant(nn.Module):
         return torch.zeros_like(row.tokens)
 
 
+def build(samples: list[Sample], recipe: Recipe, length: int = 64) -> MicroBatch:
+    return build_microbatch(samples, recipe, length)
+
+
 def test_a_sample_is_the_same_wherever_it_lies() -> None:
-    together = build_microbatch(SAMPLES, RECIPE)
+    together = build(SAMPLES, RECIPE)
     for i, one in enumerate(SAMPLES):
-        alone = build_microbatch([one], RECIPE)
+        alone = build([one], RECIPE)
         a, b = together.row.video.offsets[i : i + 2]
         assert torch.equal(together.row.tokens[a:b], alone.row.tokens[: b - a])
         assert torch.equal(target(together)[a:b], target(alone)[: b - a])
@@ -61,15 +65,15 @@ def test_a_sample_is_the_same_wherever_it_lies() -> None:
 
 @pytest.mark.parametrize("change", [{"seed": 7}, {"segment": 7}])
 def test_noise_and_timestep_follow_seed_segment_and_position(change: dict[str, int]) -> None:
-    here, there = (build_microbatch(SAMPLES[:1], r) for r in (RECIPE, replace(RECIPE, **change)))
-    moved = build_microbatch([replace(SAMPLES[0], position=99)], RECIPE)
+    here, there = (build(SAMPLES[:1], r) for r in (RECIPE, replace(RECIPE, **change)))
+    moved = build([replace(SAMPLES[0], position=99)], RECIPE)
     for other in (there, moved):
         assert not torch.equal(here.row.tokens, other.row.tokens)
         assert here.row.timestep[0] != other.row.timestep[0]
 
 
 def test_noise_and_target_satisfy_the_flow() -> None:
-    batch = build_microbatch(SAMPLES, RECIPE)
+    batch = build(SAMPLES, RECIPE)
     for i, one in enumerate(SAMPLES):
         a, b = batch.row.video.offsets[i : i + 2]
         t = batch.row.timestep[i]
@@ -81,26 +85,26 @@ def test_noise_and_target_satisfy_the_flow() -> None:
 
 
 def test_the_loss_is_the_mean_of_the_samples_means() -> None:
-    batch = build_microbatch(SAMPLES, RECIPE)
+    batch = build(SAMPLES, RECIPE)
     offsets = batch.row.video.offsets
     means = [target(batch)[a:b].square().mean() for a, b in pairwise(offsets[:4])]
     assert LOSS(Constant(), batch).item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
-    split = [LOSS(Constant(), build_microbatch(part, RECIPE)) for part in (SAMPLES[:1], SAMPLES[1:])]
+    split = [LOSS(Constant(), build(part, RECIPE)) for part in (SAMPLES[:1], SAMPLES[1:])]
     assert sum(split).item() == pytest.approx(LOSS(Constant(), batch).item(), rel=1e-5)
     assert batch.weight[offsets[3] :].abs().max() == 0
 
 
 def test_captions_are_dropped_as_often_as_asked() -> None:
-    recipe = replace(RECIPE, drop_captions=0.25, global_batch=1, capacity=4)
-    dropped = sum(torch.equal(build_microbatch([sample(i)], recipe).row.text, RECIPE.null.tokens) for i in range(1000))
+    recipe = replace(RECIPE, drop_captions=0.25, global_batch=1)
+    dropped = sum(torch.equal(build([sample(i)], recipe, length=4).row.text, RECIPE.null.tokens) for i in range(1000))
     assert 200 < dropped < 300  # 250 ± 3.6 sigma
-    assert torch.equal(build_microbatch(SAMPLES[:1], RECIPE).row.text, SAMPLES[0].latent.text)
+    assert torch.equal(build(SAMPLES[:1], RECIPE).row.text, SAMPLES[0].latent.text)
 
 
 def test_the_posterior_is_sampled() -> None:
     flat = torch.zeros(4, 1, 32, 32)
     wide = replace(SAMPLES[0].latent, mean=flat, logvar=flat + 2)
-    batch = build_microbatch([replace(SAMPLES[0], latent=wide)], replace(RECIPE, capacity=256))
+    batch = build([replace(SAMPLES[0], latent=wide)], RECIPE, length=256)
     data = batch.row.tokens - batch.row.timestep[0] * target(batch)
     assert data.var().item() == pytest.approx(torch.e**2, rel=0.1)
 
@@ -113,7 +117,7 @@ def test_tokens_of_a_bucket() -> None:
 
 def test_each_position_has_noise_of_its_own() -> None:
     def noise(position: int) -> Tensor:
-        batch = build_microbatch([replace(SAMPLES[1], position=position)], RECIPE)
+        batch = build([replace(SAMPLES[1], position=position)], RECIPE)
         return (batch.row.tokens + (1 - batch.row.timestep[0]) * target(batch))[:12].flatten()
 
     correlation = torch.corrcoef(torch.stack([noise(p) for p in range(40)])) - torch.eye(40)
@@ -123,26 +127,26 @@ def test_each_position_has_noise_of_its_own() -> None:
 def test_the_posterior_and_the_noise_are_independent() -> None:
     flat = torch.zeros(4, 1, 32, 32)
     one = replace(SAMPLES[0], latent=replace(SAMPLES[0].latent, mean=flat, logvar=flat))
-    batch = build_microbatch([one], replace(RECIPE, capacity=256))
+    batch = build([one], RECIPE, length=256)
     t = batch.row.timestep[0]
     data, noise = batch.row.tokens - t * target(batch), batch.row.tokens + (1 - t) * target(batch)
     assert torch.corrcoef(torch.stack([data.flatten(), noise.flatten()]))[0, 1].abs() < 0.1  # 4096 numbers: six sigma
 
 
 def test_the_stages_shift_reaches_the_timestep() -> None:
-    one, three = (torch.logit(build_microbatch(SAMPLES, replace(RECIPE, shift=s)).row.timestep[:3]) for s in (1.0, 3.0))
+    one, three = (torch.logit(build(SAMPLES, replace(RECIPE, shift=s)).row.timestep[:3]) for s in (1.0, 3.0))
     torch.testing.assert_close(three - one, torch.full((3,), math.log(3.0)), rtol=1e-4, atol=1e-4)
 
 
 def test_each_sample_has_its_own_text() -> None:
-    row = build_microbatch(SAMPLES, RECIPE).row
+    row = build(SAMPLES, RECIPE).row
     for one, (a, b) in zip(SAMPLES, pairwise(row.caption.offsets[:4]), strict=True):
         assert torch.equal(row.text[a:b], one.latent.text)
 
 
 def test_given_frames_are_clean_at_timestep_zero_and_without_loss() -> None:
     recipe = replace(RECIPE, tasks={"image": 1.0}, global_batch=1)
-    batch = build_microbatch([sample(11, frames=3)], recipe)
+    batch = build([sample(11, frames=3)], recipe)
     row, first = batch.row, 4  # tokens of a frame
     assert row.runs.lengths[:2] == (first, 2 * first)
     assert row.timestep[0] == 0 < row.timestep[1]
@@ -151,20 +155,20 @@ def test_given_frames_are_clean_at_timestep_zero_and_without_loss() -> None:
     assert batch.weight[:first].abs().max() == 0
     torch.testing.assert_close(batch.weight[first : 3 * first], torch.full((2 * first,), 1 / (2 * first)))
     # An image, alone, is always made of noise.
-    assert build_microbatch([sample(10)], recipe).weight[:4].min() > 0
+    assert build([sample(10)], recipe).weight[:4].min() > 0
 
 
 def test_a_chunk_has_a_timestep_of_its_own() -> None:
-    batch = build_microbatch([sample(11, frames=3)], replace(RECIPE, chunk=2))
+    batch = build([sample(11, frames=3)], replace(RECIPE, chunk=2))
     assert batch.row.runs.lengths[:2] == (8, 4)
-    whole = build_microbatch([sample(11, frames=3)], RECIPE)
+    whole = build([sample(11, frames=3)], RECIPE)
     assert batch.row.timestep[0] == whole.row.timestep[0] != batch.row.timestep[1]
     assert torch.equal(batch.row.tokens[:8], whole.row.tokens[:8])
 
 
 def test_a_classifier_sees_clean_samples_and_their_classes() -> None:
     recipe = replace(RECIPE, objective=None)
-    batch = build_microbatch(SAMPLES, recipe)
+    batch = build(SAMPLES, recipe)
     assert torch.equal(batch.row.tokens, batch.data)
     assert batch.row.label.tolist() == [0, 1, 2, -1]  # the last is padding
     logits = torch.randn(4, 5)
@@ -174,7 +178,7 @@ def test_a_classifier_sees_clean_samples_and_their_classes() -> None:
 
 
 def test_every_timestep_at_a_quantile() -> None:
-    batch = build_microbatch(SAMPLES, replace(RECIPE, quantile=0.5, shift=1.0))
+    batch = build(SAMPLES, replace(RECIPE, quantile=0.5, shift=1.0))
     torch.testing.assert_close(batch.row.timestep[:3], torch.full((3,), 0.5))
 
 

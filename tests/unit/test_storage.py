@@ -129,7 +129,7 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def send_head(self):  # noqa: ANN201
+    def send_head(self):
         path = Path(self.translate_path(self.path))
         if "Range" not in self.headers or not path.is_file():
             return super().send_head()
@@ -141,6 +141,7 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
         self.end_headers()
         self.wfile.write(part)
+        return None
 
 
 # The cache
