@@ -57,8 +57,6 @@ class DataConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: not below 0")
         if not all(weight > 0 for weight in self.mixture.values()):
             raise ValueError(f"mixture={self.mixture}: the weights are positive numbers")
-        if self.capacity % self.row_multiple:
-            raise ValueError(f"row_multiple={self.row_multiple}: does not divide capacity={self.capacity}")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -62,14 +62,16 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
         for stage in config.stages
         for bucket in buckets_of(stage.buckets)
     )
-    if config.data.row_multiple % unit:
-        nearest = -(-config.data.row_multiple // unit) * unit
-        raise ConfigError(f"data.row_multiple={config.data.row_multiple}: a multiple of {unit}; nearest is {nearest}")
     if capacity % unit or capacity < largest:
         nearest = -(-max(capacity, largest) // unit) * unit
         raise ConfigError(
             f"data.capacity={capacity}: a multiple of {unit} that holds the largest bucket, {largest} tokens; "
             f"nearest is {nearest}"
+        )
+    if capacity % config.data.row_multiple or config.data.row_multiple % unit:
+        raise ConfigError(
+            f"data.row_multiple={config.data.row_multiple}: a multiple of {unit} that divides data.capacity={capacity}; "
+            f"nearest is {unit}"
         )
 
 
