@@ -17,7 +17,7 @@ from data_pipelines.loader import Sample, StepBatch
 from megasora.diffusion.conditioning import draw_mask
 from megasora.diffusion.flow import FlowConfig, size_shift
 from megasora.diffusion.objective import Objective
-from megasora.models.packing import Item, PackedRow, Patch, Shape, in_patches, pack, patchify
+from megasora.models.packing import Item, PackedRow, Patch, Shape, in_patches, pack, patchify, stretch
 from megasora.models.text import Text
 from megasora.seeding import generator, normal
 
@@ -30,6 +30,13 @@ class MicroBatch:
     data: Tensor  # [L, P]
     noise: Tensor  # [L, P]
     weight: Tensor  # [L], or [S] of a classifier; zero for padding and for given frames
+
+    def part(self, index: int, parts: int) -> "MicroBatch":
+        """One of so many equal stretches of its tokens."""
+        begin, end = stretch(self.row.video.total, index, parts)
+        return MicroBatch(
+            self.row.part(index, parts), self.data[begin:end], self.noise[begin:end], self.weight[begin:end]
+        )
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megasora.engines.muon import sharded_like
 from megasora.engines.optim import OptimConfig, build_optimizers
+from megasora.parallel.context import ContextAttention
 from megasora.parallel.mesh import Processes
 
-Row = TypeVar("Row")
+
+class Part(Protocol):
+    """What the engine needs of a micro-batch: it can be cut along its tokens."""
+
+    def part(self, index: int, parts: int) -> Any: ...
+
+
+Row = TypeVar("Row", bound=Part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +81,31 @@ class TorchNative:
         self.processes, self.config, self.optim = processes, config, optim
         with torch.device("meta"):
             model = build()
+        layout = processes.layout
+        if layout.cp > 1:
+            model.attention = ContextAttention(model.attention, processes.context)  # type: ignore[arg-type, assignment]
         shard_model(model, processes, config)
         model.to_empty(device=processes.device)
         init_weights(model, build, seed)
         self.model = model
-        self.sharded = processes.layout.zero >= 2
-        replicated = processes.layout.dp > 1 and not self.sharded
-        self.wrapped = DistributedDataParallel(model) if replicated else model
+        self.sharded = layout.zero >= 2
+        replicated = layout.dp * layout.cp > 1 and not self.sharded
+        self.wrapped = (
+            DistributedDataParallel(model, process_group=processes.replicas.get_group()) if replicated else model
+        )
         self.optimizers = build_optimizers(model, optim)
         self.ema = {name: p.detach().clone() for name, p in model.named_parameters()} if optim.ema else {}
 
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[nn.Module, Row], Tensor]) -> Tensor:
         total = torch.zeros((), device=self.processes.device)
+        layout = self.processes.layout
         for i, row in enumerate(rows):
+            mine = row.part(*self.processes.part) if layout.cp > 1 else row
             with self._reducing(i == len(rows) - 1):
                 with self._autocast():
-                    value = loss(self.wrapped, row)
-                # Both wrappers average over the data-parallel ranks; the loss is a sum over them.
-                (value * self.processes.layout.dp).backward()
+                    value = loss(self.wrapped, mine)
+                # Both wrappers average over the ranks that share parameters; the loss is a sum over them.
+                (value * layout.dp * layout.cp).backward()
             total += value.detach()
         dist.all_reduce(total)
         return total
@@ -184,7 +199,7 @@ def shard_model(model: nn.Module, processes: Processes, config: EngineConfig) ->
     layout = processes.layout
     if layout.zero < 2:
         return
-    mesh = processes.mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else processes.mesh["dp_shard"]
+    mesh = processes.shards
     lower = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.get_submodule("blocks").children():
         policy = lower if config.precision == "bf16" else MixedPrecisionPolicy()

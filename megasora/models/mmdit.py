@@ -110,13 +110,22 @@ class Joint:
 def join(row: PackedRow) -> Joint:
     """Where everything goes, once a row."""
     texts = torch.arange(len(row.shapes), device=row.tokens.device)  # [S]
-    order, places = by_sample(row.caption.index, row.video.index)
+    order, places = by_sample(row.own_caption.index, row.video.index)
     parts, part_places = by_sample(texts, row.run_sample)
     text_part, run_part = part_places.tensor_split([len(texts)])
-    text, video = places.tensor_split([len(row.text)])
-    part = torch.cat([text_part[row.caption.index], run_part[row.runs.index]])[order]
-    lengths = tuple(m + n for m, n in zip(row.caption.lengths, row.video.lengths, strict=True))
-    return Joint(Segments(lengths, row.tokens.device), order, text, video, part, parts, text_part, run_part)
+    text, video = places.tensor_split([row.own_caption.total])
+    part = torch.cat([text_part[row.own_caption.index], run_part[row.runs.index]])[order]
+    return Joint(together(row.own_caption, row.video), order, text, video, part, parts, text_part, run_part)
+
+
+def together(text: Segments, video: Segments) -> Segments:
+    """Each sample's text and video as one segment."""
+
+    def add(m: tuple[int, ...], n: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(map(sum, zip(m, n, strict=True)))
+
+    peers = tuple(add(m, n) for m, n in zip(text.peers, video.peers, strict=True))
+    return Segments(add(text.lengths, video.lengths), text.device, peers)
 
 
 def by_sample(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,12 +193,12 @@ class DoubleBlock(nn.Module):
         text, video = x.index_select(0, joint.text), x.index_select(0, joint.video)  # [M, D], [L, D]
         text_modulation = self.text.modulation(condition[joint.text_part])  # six [S, D]
         video_modulation = self.video.modulation(condition[joint.run_part])  # six [R, D]
-        text_qkv = self.text.before(text, text_modulation, row.caption.index)  # three [M, N, K]
+        text_qkv = self.text.before(text, text_modulation, row.own_caption.index)  # three [M, N, K]
         video_qkv = self.video.before(video, video_modulation, row.runs.index)  # three [L, N, K]
         both = zip(text_qkv, video_qkv, strict=True)
         q, k, v = (torch.cat(pair).index_select(0, joint.order) for pair in both)  # [J, N, K]
         y = attention(rotate(q, angles), rotate(k, angles), v, joint.samples, joint.samples).flatten(-2)  # [J, D]
-        text = self.text.after(text, y.index_select(0, joint.text), text_modulation, row.caption.index)  # [M, D]
+        text = self.text.after(text, y.index_select(0, joint.text), text_modulation, row.own_caption.index)  # [M, D]
         video = self.video.after(video, y.index_select(0, joint.video), video_modulation, row.runs.index)  # [L, D]
         return torch.cat([text, video]).index_select(0, joint.order)  # [J, D]
 
@@ -274,9 +283,9 @@ class MMDiT(nn.Module):
         with torch.autocast(row.tokens.device.type, enabled=False):
             condition = self._condition(row, guidance)[joint.parts]  # [S + R, D], fp32
             angles = axial_angles(row.grid, self.config.axes, self.config.theta)  # [L, K/2], fp32
-            text_angles = angles.new_zeros(len(row.text), angles.shape[1])  # [M, K/2]: text is not turned
+            text_angles = angles.new_zeros(row.own_caption.total, angles.shape[1])  # [M, K/2]: text is not turned
             angles = torch.cat([text_angles, angles])[joint.order]  # [J, K/2]
-        text = self._embed_text(row)  # [M, D]
+        text = self._embed_text(row)[slice(*row.own_text)]  # [M, D]
         video = self.patch_embed(row.tokens)  # [L, D]
         x = torch.cat([text, video]).index_select(0, joint.order)  # [J, D]
         for block in self.blocks:

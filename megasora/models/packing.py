@@ -6,9 +6,9 @@ text, N heads, K head width, D model width, P values of a patch (C·pt·ph·pw).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from einops import rearrange
@@ -20,10 +20,14 @@ Shape = tuple[int, int, int]  # T, H, W
 
 @dataclass(frozen=True)
 class Segments:
-    """Which tokens of a row belong together. Lengths stay on the host, so that nothing waits for the device."""
+    """Which tokens of a row belong together. Lengths stay on the host, so that nothing waits for the device.
+
+    A row may be a part of a larger one; `peers` then are the lengths of each part, this one's among them.
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
+    peers: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -50,6 +54,21 @@ class Segments:
     def total(self) -> int:
         return self.offsets[-1]
 
+    def part(self, index: int, parts: int) -> "Segments":
+        """What lies in one of so many equal stretches of the tokens (the last ones may be a token shorter)."""
+        bounds = [stretch(self.total, i, parts) for i in range(parts)]
+        peers = tuple(
+            tuple(max(0, min(b, end) - max(a, begin)) for a, b in pairwise(self.offsets)) for begin, end in bounds
+        )
+        return Segments(peers[index], self.device, peers)
+
+
+def stretch(total: int, index: int, parts: int) -> tuple[int, int]:
+    """Where one of so many stretches of `total` tokens begins and ends; they differ by one token at most."""
+    small, longer = divmod(total, parts)
+    begin = index * small + min(index, longer)
+    return begin, begin + small + (index < longer)
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -57,6 +76,31 @@ class Windows:
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The whole row's tokens in an order in which those that see each other are neighbours: a segment each."""
+
+    segments: Segments
+    boxes: tuple[tuple[int, int, int], ...] = ()  # n neighbouring samples as [n, A, B]; none: the row's own order
+
+    def enter(self, x: Tensor) -> Tensor:
+        """[L, ...] of the row -> [L, ...] of the segments."""
+        return transposed(x, self.boxes)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The inverse of `enter`."""
+        return transposed(x, tuple((n, B, A) for n, A, B in self.boxes))
+
+
+def transposed(x: Tensor, boxes: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """[L, ...], which is boxes [n, A, B, ...] side by side -> the same with every box turned to [n, B, A, ...]."""
+    if not boxes:
+        return x
+    parts = x.split([n * A * B for n, A, B in boxes])
+    turned = [part.unflatten(0, box).transpose(1, 2).flatten(0, 2) for part, box in zip(parts, boxes, strict=True)]
+    return torch.cat(turned) if len(turned) > 1 else turned[0]
 
 
 @dataclass(frozen=True)
@@ -75,7 +119,11 @@ class Item:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One model input. Padding, where there is any, is the last sample: its own segment, without text, at timestep 0."""
+    """One model input. Padding, where there is any, is the last sample: its own segment, without text, at timestep 0.
+
+    A part of a row (`part`) has a stretch of its tokens and all that belongs to samples, runs and captions. Of the caption's
+    tokens, models that carry text through their blocks take `own_text`.
+    """
 
     tokens: Tensor  # [L, P] noisy patches
     grid: Tensor  # [L, 3] latent frame, row and column of each patch, in patches
@@ -83,11 +131,14 @@ class PackedRow:
     shapes: tuple[Shape, ...]  # of the samples, in patches; padding is one row of patches
     timestep: Tensor  # [R] fp32 in [0, 1]
     runs: Segments  # of `tokens`: neighbours with one timestep, each within one sample
+    run_owners: tuple[int, ...]  # the sample of each run
     text: Tensor  # [M, E] text embeddings
     caption: Segments  # of `text`
     pooled: Tensor  # [S, V]
     fps: Tensor  # [S] fp32
     label: Tensor  # [S] int64, -1 for none
+    own_text: tuple[int, int]  # first and end of the tokens of `text` that are this part's
+    own_caption: Segments  # of them
 
     @cached_property
     def frames(self) -> Segments:
@@ -97,7 +148,20 @@ class PackedRow:
     @cached_property
     def run_sample(self) -> Tensor:
         """[R] int64: the sample of each run."""
-        return self.video.index[torch.tensor(self.runs.starts, device=self.tokens.device)]
+        return torch.tensor(self.run_owners, device=self.tokens.device)
+
+    def part(self, index: int, parts: int) -> "PackedRow":
+        """One of so many equal stretches of the row."""
+        begin, end = stretch(self.video.total, index, parts)
+        return replace(
+            self,
+            tokens=self.tokens[begin:end],
+            grid=self.grid[begin:end],
+            video=self.video.part(index, parts),
+            runs=self.runs.part(index, parts),
+            own_text=stretch(self.caption.total, index, parts),
+            own_caption=self.caption.part(index, parts),
+        )
 
 
 def patchify(latent: Tensor, patch: Patch) -> Tensor:
@@ -147,11 +211,13 @@ def pack(items: Sequence[Item], capacity: int | None = None) -> PackedRow:
         pad = Item(patches, (1, 1, padding), torch.zeros(1), first.text[:0], torch.zeros_like(first.pooled))
         items = [*items, pad]
         grids.append(grids[0].new_zeros(padding, 3))
-    timesteps, lengths = [], []
-    for item in items:
+    timesteps, lengths, owners = [], [], []
+    for sample, item in enumerate(items):
         values, counts = torch.unique_consecutive(item.timesteps, return_counts=True)
         timesteps.append(values)
         lengths += [frames * item.shape[1] * item.shape[2] for frames in counts.tolist()]
+        owners += [sample] * len(values)
+    caption = Segments(tuple(len(item.text) for item in items), device)
     return PackedRow(
         tokens=torch.cat([item.patches for item in items]),
         grid=torch.cat(grids),
@@ -159,11 +225,14 @@ def pack(items: Sequence[Item], capacity: int | None = None) -> PackedRow:
         shapes=tuple(item.shape for item in items),
         timestep=torch.cat(timesteps).to(device),
         runs=Segments(tuple(lengths), device),
+        run_owners=tuple(owners),
         text=torch.cat([item.text for item in items]),
-        caption=Segments(tuple(len(item.text) for item in items), device),
+        caption=caption,
         pooled=torch.stack([item.pooled for item in items]),
         fps=torch.tensor([item.fps for item in items], device=device),
         label=torch.tensor([item.label for item in items], device=device),
+        own_text=(0, caption.total),
+        own_caption=caption,
     )
 
 

@@ -30,7 +30,7 @@ from megasora.models.layers import (
     sincos_axis,
     timestep_embedding,
 )
-from megasora.models.packing import PackedRow, Segments, Shape
+from megasora.models.packing import Order, PackedRow, Segments, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,35 +69,6 @@ PRESETS: dict[str, STDiTConfig] = {
 }
 
 
-@dataclass(frozen=True)
-class Order:
-    """Tokens in an order in which those that see each other are neighbours: a segment each.
-
-    All of the model but the middle of self-attention is in the row's own order. Whoever shards a row by frames or by places
-    exchanges one for the other in these two methods and nowhere else.
-    """
-
-    segments: Segments
-    boxes: tuple[tuple[int, int, int], ...] = ()  # n neighbouring samples as [n, A, B]; none: the row's own order
-
-    def enter(self, x: Tensor) -> Tensor:
-        """[L, ...] of the row -> [L, ...] of the segments."""
-        return transposed(x, self.boxes)
-
-    def leave(self, x: Tensor) -> Tensor:
-        """The inverse of `enter`."""
-        return transposed(x, tuple((n, B, A) for n, A, B in self.boxes))
-
-
-def transposed(x: Tensor, boxes: tuple[tuple[int, int, int], ...]) -> Tensor:
-    """[L, ...], which is boxes [n, A, B, ...] side by side -> the same with every box turned to [n, B, A, ...]."""
-    if not boxes:
-        return x
-    parts = x.split([n * A * B for n, A, B in boxes])
-    turned = [part.unflatten(0, box).transpose(1, 2).flatten(0, 2) for part, box in zip(parts, boxes, strict=True)]
-    return torch.cat(turned) if len(turned) > 1 else turned[0]
-
-
 def space_order(row: PackedRow) -> Order:
     """The row's own, (t h w): a frame sees itself."""
     return Order(row.frames)
@@ -125,8 +96,8 @@ class HeadNormAttention(nn.Module):
         self,
         x: Tensor,
         context: Tensor,
-        queries: Segments,
-        keys: Segments,
+        queries: Segments | Order,
+        keys: Segments | Order,
         angles: Tensor | None,
         attention: Attention,
     ) -> Tensor:
@@ -162,8 +133,8 @@ class Block(nn.Module):
     ) -> Tensor:
         run = row.runs.index  # [L]
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [R, D]
-        y = order.enter(layernorm_modulate(x, scale1, shift1, run, self.eps))  # [L, D]
-        y = order.leave(self.self_attention(y, y, order.segments, order.segments, angles, attention))  # [L, D]
+        y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
+        y = self.self_attention(y, y, order, order, angles, attention)  # [L, D]
         x = gated(x, y, gate1, run)
         if self.cross_attention is not None:
             x = x + self.cross_attention(x, text, row.video, row.caption, None, attention)
@@ -242,7 +213,7 @@ class STDiT(nn.Module):
                 time = time + fps[row.run_sample]
             modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
             if config.time_position == "rope":
-                angles = orders[1].enter(axial_angles(row.grid, (config.head_width, 0, 0)))  # [L, K/2], fp32
+                angles = axial_angles(row.grid, (config.head_width, 0, 0))  # [L, K/2], fp32
             else:
                 added = time_sincos(row, config.width)  # [L, D], fp32
         for i, pair in enumerate(self.blocks):

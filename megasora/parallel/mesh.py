@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megasora.parallel.context import Context
 from megasora.parallel.layout import Layout, parse_layout
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -30,6 +32,34 @@ class Processes:
         """Which data-parallel share of the global batch is this process's."""
         place = dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))
         return place["dp_replicate"] * self.layout.dp_shard + place["dp_shard"]
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which stretch of a row's tokens is this process's, and of how many."""
+        return dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))["cp"], self.layout.cp
+
+    @cached_property
+    def shards(self) -> DeviceMesh:
+        """Over which parameters are sharded: data-parallel shards x context parts; with HSDP, replicas before them."""
+        if self.layout.cp == 1:
+            names = ("dp_replicate", "dp_shard") if self.layout.dp_replicate > 1 else ("dp_shard",)
+            return self.mesh[names]
+        shard = self.mesh["dp_shard", "cp"]._flatten("shard")
+        if self.layout.dp_replicate == 1:
+            return shard
+        every = self.mesh["dp_replicate", "dp_shard", "cp"]._flatten("replicas")
+        return every._unflatten(0, (self.layout.dp_replicate, shard.size()), ("replicate", "shard_cp"))
+
+    @cached_property
+    def replicas(self) -> DeviceMesh:
+        """The mesh over which everything is replicated without ZeRO."""
+        return self.mesh["dp_replicate", "dp_shard", "cp"]._flatten("replicas")
+
+    @cached_property
+    def context(self) -> Context:
+        """The groups that exchange tokens for heads, and those that form rings."""
+        cp = self.mesh["cp"]._unflatten(0, (self.layout.ring, self.layout.ulysses), ("ring", "ulysses"))
+        return Context(cp["ulysses"].get_group(), cp["ring"].get_group(), (self.layout.ulysses, self.layout.ring))
 
     @property
     def is_main(self) -> bool:

@@ -1,0 +1,157 @@
+"""Does a layout compute the same? The config's own model at seeded inputs: loss, every parameter's gradient, their norm, and the
+parameters after three steps of SGD, on one process and on the layout."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megasora.build import build_recipe
+from megasora.encoders import LatentFacts
+from megasora.engines.torch_native import TorchNative, local
+from megasora.microbatch import MicroBatch, training_loss
+from megasora.models.families import build_model
+from megasora.models.packing import Item, Shape, pack
+from megasora.models.text import Text
+from megasora.parallel.mesh import Processes
+from megasora.schema import Config
+from megasora.seeding import fold, generator
+
+# (T, H, W) in patches of the samples of a row: still pictures and clips, no two rows alike, odd numbers of tokens.
+ROWS: list[list[Shape]] = [
+    [(1, 4, 4), (3, 2, 6)], [(2, 4, 2), (1, 6, 6)], [(2, 3, 5), (1, 3, 3)], [(5, 3, 3)],
+]  # fmt: skip
+COUNT = 8  # rows in all, to be divided among data-parallel ranks
+LENGTH = 64  # tokens of a row, padding among them
+SGD = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a layout computed, whole, on every rank."""
+
+    loss: float
+    norm: float
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]  # after three steps
+
+
+def run(config: Config, group: Processes) -> Outcome:
+    """Three steps on this layout. All ranks call it."""
+    engine = TorchNative(
+        noisy(partial(build_model, config.model)), fold(config.run.seed, "weights"), group, config.precision,
+        replace(config.optim, ema=0.0),
+    )  # fmt: skip
+    mine = list(range(COUNT))[group.data_rank :: group.layout.dp]
+    rows = [parity_row(config, group, number) for number in mine]
+    loss_of = training_loss(build_parity_recipe(config, group))
+    losses, norms, gradients = [], [], dict[str, Tensor]()
+    for _ in range(3):
+        losses.append(engine.forward_backward(rows, loss_of).item())
+        if not gradients:
+            gradients = {name: whole(gradient_of(p)) for name, p in engine.model.named_parameters()}
+        norms.append(engine.clip().item())
+        with torch.no_grad():
+            for parameter in engine.model.parameters():
+                local(parameter).sub_(local(gradient_of(parameter)), alpha=SGD)
+        engine.discard()
+    parameters = {name: whole(p.detach()) for name, p in engine.model.named_parameters()}
+    return Outcome(losses[0], norms[0], gradients, parameters)
+
+
+def build_parity_recipe(config: Config, group: Processes) -> Any:
+    facts = LatentFacts({}, Text(torch.zeros(1, config.model.text_width), torch.zeros(config.model.pooled_width)))
+    return build_recipe(config, group, facts, config.stages[0], 0)
+
+
+def parity_row(config: Config, group: Processes, number: int) -> MicroBatch:
+    """One of the rows, the same on every layout; the first frame of a clip is given, so that a sample has two timesteps."""
+    model, random = config.model, generator("parity", config.run.seed, number)
+    items, data, noise, weights = [], [], [], []
+    for T, H, W in next(islice(cycle(ROWS), number, None)):
+        tokens = T * H * W
+        clean, blur = (torch.randn(tokens, model.patch_values, generator=random) for _ in range(2))
+        t = torch.rand((), generator=random).clamp(0.05, 0.95).item()
+        timesteps = torch.full((T,), t)
+        if T > 1:
+            timesteps[0] = 0.0
+        text = torch.randn(int(torch.randint(2, 7, (), generator=random)), model.text_width, generator=random)
+        pooled = torch.randn(model.pooled_width, generator=random)
+        label = int(torch.randint(max(model.classes, 1), (), generator=random)) if model.classes else -1
+        items.append(Item((1 - t) * clean + t * blur, (T, H, W), timesteps, text, pooled, 16.0, label))
+        data.append(clean)
+        noise.append(blur)
+        learned = (timesteps > 0).repeat_interleave(H * W)
+        weights.append(learned / (learned.sum() * COUNT * len(ROWS[0])))
+    row = pack([to_device(item, group.device) for item in items], LENGTH)
+    padding = LENGTH - sum(map(len, data))
+    x, y = (F.pad(torch.cat(parts), (0, 0, 0, padding)).to(group.device) for parts in (data, noise))
+    return MicroBatch(row, x, y, F.pad(torch.cat(weights), (0, padding)).to(group.device))
+
+
+def to_device(item: Item, device: torch.device) -> Item:
+    return replace(
+        item, patches=item.patches.to(device), text=item.text.to(device), pooled=item.pooled.to(device)
+    )  # fmt: skip
+
+
+def noisy(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A model whose parameters are noise where they would begin at zero: else most gradients vanish and nothing is compared."""
+
+    def build_noisy() -> nn.Module:
+        model = build()
+        plain: Any = model.init_weights
+
+        def init_weights() -> None:
+            plain()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+
+        model.init_weights = init_weights  # type: ignore[assignment]
+        return model
+
+    return build_noisy
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded, on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The worst relative error, and where."""
+
+    worst: float
+    where: str
+
+
+def compare(reference: Outcome, other: Outcome) -> Difference:
+    """Error of a gradient: |g - ref| / max(|ref|, 1e-3 · |ref over all parameters| / sqrt(their number)). Of the loss and the
+    norm: relative. Of the parameters after three steps of SGD: as of gradients."""
+    errors = {
+        "loss": abs(other.loss - reference.loss) / abs(reference.loss),
+        "norm": abs(other.norm - reference.norm) / abs(reference.norm),
+    }
+    for kind, ours, theirs in (
+        ("gradient of", other.gradients, reference.gradients),
+        ("parameter", other.parameters, reference.parameters),
+    ):
+        floor = 1e-3 * math.hypot(*(tensor.norm().item() for tensor in theirs.values())) / math.sqrt(len(theirs))
+        for name, expected in theirs.items():
+            error = (ours[name] - expected).norm().item()
+            errors[f"{kind} {name}"] = error / max(expected.norm().item(), floor)
+    where = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    return Difference(errors[where], where)

@@ -1,0 +1,77 @@
+"""The ladder: every layout against one process, for every family; each parameter's gradient, the norm, three steps of SGD."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megasora.config import load_config
+from megasora.parallel.layout import parse_layout
+from megasora.parallel.mesh import AXES, Processes
+from megasora.parity import Outcome, compare, run
+from megasora.schema import Config
+from tests.harness import run_distributed
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "video_dit": {"width": 48, "depth": 2, "heads": 4, "ffn": 96, "text_width": 24, "channels": 4},
+    "mmdit": {"family": "mmdit", "width": 48, "depth": 1, "single_depth": 1, "heads": 4, "ffn": 96, "text_width": 24,
+              "pooled_width": 8, "channels": 4, "axes": [4, 4, 4]},
+    "refiner": {"family": "mmdit", "width": 48, "depth": 1, "single_depth": 1, "heads": 4, "ffn": 96, "text_width": 24,
+                "pooled_width": 8, "channels": 4, "axes": [4, 4, 4], "text": "refiner", "refiner_depth": 1},
+    "stdit": {"family": "stdit", "width": 48, "depth": 2, "heads": 4, "ffn": 96, "text_width": 24, "channels": 4},
+    "dit": {"family": "dit", "width": 48, "depth": 2, "heads": 4, "ffn": 96, "classes": 5, "channels": 4},
+    "chunks": {"width": 48, "depth": 2, "heads": 4, "ffn": 96, "text_width": 24, "channels": 4,
+               "temporal": "chunk_causal", "chunk": 1, "window": 2},
+}  # fmt: skip
+
+
+def config_of(family: str) -> Config:
+    model = [
+        f"--model.{key}={json.dumps(value) if isinstance(value, list) else value}"
+        for key, value in FAMILIES[family].items()
+    ]
+    return load_config(None, [*model, "--run.seed=3"])
+
+
+def outcomes(cases: list[tuple[str, str]]) -> list[Outcome]:
+    """Of (family, layout) pairs, in one set of processes."""
+    found = []
+    for family, layout in cases:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        parsed = parse_layout(layout, world)
+        shape = (parsed.pp, parsed.dp_replicate, parsed.dp_shard, parsed.cp, parsed.tp)
+        mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
+        group = Processes(rank, world, torch.device("cpu"), parsed, mesh)
+        found.append(run(config_of(family), group))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Outcome]:
+    (found,) = run_distributed(outcomes, 1, [(family, "dp1") for family in FAMILIES])
+    return dict(zip(FAMILIES, found, strict=True))
+
+
+CASES = {
+    2: [("video_dit", layout) for layout in ("dp2", "dp2,zero2", "dp2,zero3", "cp2x1", "cp1x2", "dp1,cp2,zero3")]
+    + [(family, "cp2x1") for family in FAMILIES]
+    + [("mmdit", "cp1x2"), ("dit", "cp1x2"), ("refiner", "cp1x2")],
+    4: [("video_dit", layout) for layout in ("hsdp2x2", "cp2x2", "cp4", "dp2,cp2,zero3", "dp2,cp1x2", "dp1,cp1x4,zero2")]
+    + [("mmdit", "cp2x2"), ("mmdit", "dp2,cp2,zero3"), ("stdit", "cp4")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_every_layout_computes_what_one_process_does(world: int, reference: dict[str, Outcome]) -> None:
+    for rank, found in enumerate(run_distributed(outcomes, world, CASES[world], timeout=300)):
+        for (family, layout), outcome in zip(CASES[world], found, strict=True):
+            difference = compare(reference[family], outcome)
+            assert difference.worst <= 1e-5, f"{family} on {layout}, rank {rank}: {difference}"
+
+
+def test_no_gradient_is_missing(reference: dict[str, Outcome]) -> None:
+    for family, outcome in reference.items():
+        missing = [name for name, gradient in outcome.gradients.items() if not gradient.norm() > 0]
+        assert missing == [], family
