@@ -279,7 +279,7 @@ class DyingPool:
         if row == 2 or len(self.jobs) == 1:
             future.set_exception(WorkerDied("a worker process died (exit code -11)"))
         else:
-            future.set_result(function(source, row, bucket))
+            future.set_result(function(source, row, bucket, fps))
         return future
 
 
