@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import TypeVar
 
@@ -106,6 +107,14 @@ def cover_scale(size: tuple[int, int], height: int, width: int) -> float:
 def choose_frames(config: BucketConfig, frames: int) -> int | None:
     """The longest duration of the buckets that a clip of `frames` fills; None if it is shorter than all."""
     return max((f for f in config.frames if f <= frames), default=None)
+
+
+def frames_at(frames: int, fps: float, target: float) -> tuple[int, float]:
+    """The frames that a clip has at a rate of `target`, and that rate. A slower clip, and any at a target of 0, keeps its own."""
+    if not 0 < target < fps:
+        return frames, fps
+    seconds = (frames - 1) / Fraction(fps).limit_denominator(1001)
+    return int(seconds * Fraction(target).limit_denominator(1001)) + 1, target
 
 
 # What a sample can be trained as: resolutions from the largest, in each the frame counts from the longest; with the share

@@ -18,7 +18,8 @@ from data_pipelines.errors import BadSample
 from data_pipelines.index import MEDIA, read_metadata
 from data_pipelines.latent_shards import About, read_about
 from data_pipelines.shards import ShardSet
-from data_pipelines.video import Scaler, Undecodable, VideoReader, decode, is_image
+from data_pipelines.video import decode, is_image, iter_frames
+from data_pipelines.video_reader import Undecodable, VideoReader
 from data_pipelines.workers import WorkerDied, WorkerPool
 
 PIECE = 16  # frames that an encoder takes at a time
@@ -104,28 +105,44 @@ class Raw:
     clip: np.ndarray | Iterator[np.ndarray]
 
 
-def decode_raw(key: str, members: dict[str, bytes], bucket: Bucket) -> Raw:
-    """All frames of a sample that was read. Raises BadSample."""
+def decode_raw(key: str, members: dict[str, bytes], bucket: Bucket, fps: float = 0.0) -> Raw:
+    """All frames of a sample that was read; a faster clip at a rate of `fps`. Raises BadSample."""
     about, media = read_about(key, members), media_of(key, members)
     try:
-        return Raw(about, fps_of(members, media), decode_clip(media, bucket))
+        rate = rate_of(members, media, fps)
+        return Raw(about, rate.shown, decode_clip(media, bucket, rate.sampled))
     except Undecodable as error:
         raise BadSample(key, str(error)) from None
 
 
-def read_raw(source: ShardSet, row: int, bucket: Bucket) -> Raw:
+def read_raw(source: ShardSet, row: int, bucket: Bucket, fps: float) -> Raw:
     """Reads and decodes a short clip. Raises BadSample."""
-    return decode_raw(source.key(row), source.read(row), bucket)
+    return decode_raw(source.key(row), source.read(row), bucket, fps)
 
 
-def stream_raw(source: ShardSet, row: int, bucket: Bucket, bounds: list[tuple[int, int]]) -> Raw:
+def stream_raw(source: ShardSet, row: int, bucket: Bucket, bounds: list[tuple[int, int]], fps: float) -> Raw:
     """Reads a long clip and begins to decode it, in a thread of its own. Raises BadSample; its pieces raise Undecodable."""
     key, members = source.key(row), source.read(row)
     about, media = read_about(key, members), media_of(key, members)
     try:
-        return Raw(about, fps_of(members, media), read_ahead(stream_clip(media, bucket, bounds)))
+        rate = rate_of(members, media, fps)
+        return Raw(about, rate.shown, read_ahead(stream_clip(media, bucket, bounds, rate.sampled)))
     except Undecodable as error:
         raise BadSample(key, str(error)) from None
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Frames a second of a clip as it is encoded, and the rate to sample it at; None: it keeps its own frames."""
+
+    shown: float
+    sampled: float | None
+
+
+def rate_of(members: dict[str, bytes], media: bytes, target: float) -> Rate:
+    """Raises Undecodable."""
+    fps = fps_of(members, media)
+    return Rate(target, target) if 0 < target < fps else Rate(fps, None)
 
 
 def fps_of(members: dict[str, bytes], media: bytes) -> float:
@@ -145,9 +162,11 @@ class Ahead:
     With a pool, short clips are read and decoded in its processes, which the threads then only wait for.
     """
 
-    def __init__(self, source: ShardSet, pixels: int, compression: int, threads: int, pool: WorkerPool | None) -> None:
+    def __init__(
+        self, source: ShardSet, pixels: int, compression: int, threads: int, pool: WorkerPool | None, fps: float = 0.0
+    ) -> None:
         self.source, self.pixels, self.compression = source, pixels, compression
-        self.threads, self.pool = threads, pool
+        self.threads, self.pool, self.fps = threads, pool, fps
 
     def batches(self, batches: list[Batch], meter: Meter) -> Iterator[tuple[Batch, list[Raw | BadSample]]]:
         """In their order, each with its members in theirs."""
@@ -168,13 +187,13 @@ class Ahead:
     def load(self, row: int, bucket: Bucket) -> Raw | BadSample:
         try:
             if pixels_of(bucket) > self.pixels and bucket.frames > 1:
-                return stream_raw(self.source, row, bucket, bounds_of(bucket.frames, self.compression))
+                return stream_raw(self.source, row, bucket, bounds_of(bucket.frames, self.compression), self.fps)
             if self.pool is None:
-                return read_raw(self.source, row, bucket)
+                return read_raw(self.source, row, bucket, self.fps)
             try:
-                return self.pool.submit(read_raw, self.source, row, bucket).result()
+                return self.pool.submit(read_raw, self.source, row, bucket, self.fps).result()
             except WorkerDied:  # perhaps for another reason; what kills two of them is a bad sample
-                return self.pool.submit(read_raw, self.source, row, bucket).result()
+                return self.pool.submit(read_raw, self.source, row, bucket, self.fps).result()
         except WorkerDied as error:
             return BadSample(self.source.key(row), str(error))
         except BadSample as bad:
@@ -198,28 +217,21 @@ def media_of(key: str, members: dict[str, bytes]) -> bytes:
     return media
 
 
-def decode_clip(media: bytes, bucket: Bucket) -> np.ndarray:
+def decode_clip(media: bytes, bucket: Bucket, fps: float | None = None) -> np.ndarray:
     """The whole clip of a bucket as uint8 [T, H, W, 3]. Raises Undecodable."""
-    return decode(media, frames=bucket.frames, height=bucket.height, width=bucket.width)
+    return decode(media, frames=bucket.frames, height=bucket.height, width=bucket.width, fps=fps)
 
 
-def stream_clip(media: bytes, bucket: Bucket, bounds: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+def stream_clip(
+    media: bytes, bucket: Bucket, bounds: list[tuple[int, int]], fps: float | None = None
+) -> Iterator[np.ndarray]:
     """`decode_clip` in pieces: one piece in memory, however long the clip."""
-    if is_image(media):
-        raise Undecodable("an image has one frame")
-    with VideoReader(media) as reader:
-        ratio = max(bucket.height / reader.height, bucket.width / reader.width)
-        height, width = max(bucket.height, round(reader.height * ratio)), max(bucket.width, round(reader.width * ratio))
-        top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
-        scale, frames = Scaler(reader, height, width), iter(reader)
-        for begin, end in bounds:
-            piece = np.empty((end - begin, bucket.height, bucket.width, 3), np.uint8)
-            for number in range(end - begin):
-                frame = next(frames, None)
-                if frame is None:
-                    raise Undecodable(f"too few frames: {begin + number} of {bucket.frames} from frame 0 on")
-                piece[number] = scale(frame)[top : top + bucket.height, left : left + bucket.width]
-            yield piece
+    frames = iter_frames(media, frames=bucket.frames, height=bucket.height, width=bucket.width, fps=fps)
+    for begin, end in bounds:
+        piece = np.empty((end - begin, bucket.height, bucket.width, 3), np.uint8)
+        for place in range(end - begin):
+            piece[place] = next(frames)
+        yield piece
 
 
 def read_ahead(pieces: Iterator[np.ndarray], depth: int = DEPTH) -> Iterator[np.ndarray]:

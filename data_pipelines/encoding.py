@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.buckets import Bucket, BucketConfig, choose_frames, choose_size
+from data_pipelines.buckets import Bucket, BucketConfig, choose_frames, choose_size, frames_at
 from data_pipelines.claims import Claim, Claims, Lost
 from data_pipelines.decode_ahead import (
     Ahead,
@@ -57,6 +57,7 @@ class Encoders:
     temporal_compression: int
     dtype: torch.dtype  # of the latents on disk
     manifest: dict[str, Any]
+    fps: float = 0.0  # that faster clips are sampled at; 0: their own
 
     def clips(self, pieces: Iterable[np.ndarray], frames: int, dtype: torch.dtype) -> list[Moments]:
         """The latents of clips of one shape, of so many frames, that arrive in pieces. Raises Undecodable."""
@@ -122,7 +123,7 @@ def encode_shards(
     with ExitStack() as stack:
         pool = stack.enter_context(WorkerPool(workers)) if workers else None
         threads = workers + 2 if workers else THREADS
-        ahead = Ahead(source, batch_pixels, encoders.temporal_compression, threads, pool)
+        ahead = Ahead(source, batch_pixels, encoders.temporal_compression, threads, pool, encoders.fps)
         work = Work(source, source.digests, output, buckets, encoders, batch_pixels, claims, ahead, meter)
         work.private.mkdir(parents=True, exist_ok=True)
         claim_manifest(output, encoders.manifest, work.private)
@@ -206,9 +207,15 @@ class _Sample:
         return bool(self.bad) or len(self.latents) == len(self.buckets)
 
 
+def _at_rate(row: Row, fps: float) -> Row:
+    """The row as it is encoded."""
+    frames, rate = frames_at(row.frames, row.fps, fps)
+    return replace(row, frames=frames, fps=rate)
+
+
 def _write_shard(work: Work, number: int, path: Path, claim: Claim, progress: Callable[[int], None]) -> Tally:
     """Encodes a shard batch by batch, and writes each sample once it and those before it are complete."""
-    rows = {index: work.source.row(index) for index in work.source.rows_of(number)}
+    rows = {index: _at_rate(work.source.row(index), work.encoders.fps) for index in work.source.rows_of(number)}
     wanted = {i: wanted_buckets(work.buckets, row.frames, row.height, row.width) for i, row in rows.items()}
     samples = {i: _Sample(row, wanted[i]) for i, row in rows.items()}
     waiting, tally = deque(samples), Tally(work.digests[work.source.tars[number]])

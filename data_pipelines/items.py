@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipelines.buckets import Bucket, BucketConfig, Ladder, choose, latent_ladder, raw_ladder, shares
+from data_pipelines.buckets import Bucket, BucketConfig, Ladder, choose, frames_at, latent_ladder, raw_ladder, shares
 from data_pipelines.errors import DataError
 
 
@@ -56,9 +56,15 @@ class Items:
 
 
 def find_items(
-    source: SampleSource, config: BucketConfig, *, encoded: bool, bounds: dict[str, tuple[float, float]] | None = None
+    source: SampleSource,
+    config: BucketConfig,
+    *,
+    encoded: bool,
+    bounds: dict[str, tuple[float, float]] | None = None,
+    fps: float = 0.0,
 ) -> Items:
-    """The items of `source` for a stage: of latents (`encoded`), cut in time alone, or of raw samples, which are scaled.
+    """The items of `source` for a stage: of latents (`encoded`), cut in time alone, or of raw samples, which are scaled and, if
+    they are faster, sampled at `fps`.
 
     bounds: {score: (least, most)}; a sample without that score passes. Raises DataError when nothing fits.
     """
@@ -75,9 +81,13 @@ def find_items(
     lengths = np.array([0, *sorted(config.frames)], np.int64)
     rows, tokens, which, sizes = [], [], [], []
     first, unfit, refused = 0, 0, 0
-    names = ("frames", "height", "width", "variant", "caption_tokens", *(f"scores.{name}" for name in bounds))
-    for frames, height, width, variant, caption, *scores in source.columns(*names):
+    names = ["frames", "height", "width", "variant", "caption_tokens", *["fps"] * bool(fps)]
+    names += [f"scores.{name}" for name in bounds]
+    for frames, height, width, variant, caption, *more in source.columns(*names):
+        rates, scores = more[: bool(fps)], more[bool(fps) :]
         begins = np.flatnonzero((variant == 0) | (np.arange(len(variant)) == 0))
+        if fps:
+            frames = _sampled(frames, rates[0], fps)
         filled = lengths[np.searchsorted(lengths, frames, side="right") - 1]  # few distinct ones
         shapes = (filled << 40) | (height.astype(np.int64) << 20) | width
         kind = _kinds(shapes, begins, kind_of)
@@ -98,6 +108,12 @@ def find_items(
     if not len(found):
         raise DataError(f"{source.address}: none of its {len(source)} samples fits the buckets of the stage")
     return found
+
+
+def _sampled(frames: np.ndarray, rates: np.ndarray, fps: float) -> np.ndarray:
+    """`frames_at` of many; few rates and lengths are distinct."""
+    found = {(n, rate): frames_at(n, rate, fps)[0] for n, rate in zip(frames.tolist(), rates.tolist(), strict=True)}
+    return np.array([found[pair] for pair in zip(frames.tolist(), rates.tolist(), strict=True)], np.int64)
 
 
 def _kinds(shapes: np.ndarray, begins: np.ndarray, kind_of: Any) -> np.ndarray:

@@ -26,7 +26,7 @@ MANIFEST = "latents.json"
 REPORT = "report.json"
 FORMAT = 3  # of the manifest
 # What becomes of frames before the VAE; another rule is another name.
-PREPROCESSING = "1: from the first frame on at their own rate, scaled to cover the bucket, its centre cut out"
+PREPROCESSING = "2: from the first frame on, the centre of the bucket's shape cut out and scaled to the bucket"
 
 
 @dataclass(frozen=True)

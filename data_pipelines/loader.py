@@ -85,6 +85,7 @@ class Opener:
     decode: Decode
     finish: Callable[[str, Any, Bucket, float], Latent]
     encoded: bool  # the members are latents
+    fps: float = 0.0  # that faster raw clips are sampled at; 0: their own
 
 
 def cached_opener() -> Opener:
@@ -181,7 +182,8 @@ class Loader:
         self.rank, self.ranks, self.meet, self.pin = rank, ranks, meet, pin
         self.obey = obey or {}
         self.items: list[Items] = [
-            find_items(source, buckets, encoded=opener.encoded, bounds=config.scores) for source in self.sources
+            find_items(source, buckets, encoded=opener.encoded, bounds=config.scores, fps=opener.fps)
+            for source in self.sources
         ]
         self.mixture = Mixture(list(sources.values()), draw(seed, "mixture"))
         self.orders = [

@@ -88,6 +88,7 @@ def make_manifest(
     return {
         "format": FORMAT,
         "preprocessing": PREPROCESSING,
+        "fps": config.fps,
         "buckets": describe_buckets(buckets),
         "vae": vae.fingerprint(),
         "text": text.fingerprint(),
@@ -121,6 +122,7 @@ def make_encoders(
         temporal_compression=vae.compression[0],
         dtype=getattr(torch, config.latent_dtype),
         manifest=make_manifest(vae, text, config, buckets),
+        fps=config.fps,
     )
 
 
@@ -219,7 +221,9 @@ def open_online(config: EncodeConfig, device: torch.device) -> tuple[LatentFacts
     def finish(key: str, raw: Raw, bucket: Bucket, choice: float) -> Latent:
         return encode_one(encoders, raw, bucket, choice)
 
-    return LatentFacts(encoders.manifest, text.encode([""])[0]), Opener(decode=decode_raw, finish=finish, encoded=False)
+    return LatentFacts(encoders.manifest, text.encode([""])[0]), Opener(
+        decode=partial(decode_raw, fps=config.fps), finish=finish, encoded=False, fps=config.fps
+    )
 
 
 def to_pixels(video: Tensor) -> Tensor:

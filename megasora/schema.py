@@ -87,6 +87,7 @@ class EncodeConfig:
     input: str = "data/shards"
     output: str = "data/latents"
     vae: str = "data/vae"  # of `train-vae`, a diffusers directory (Wan, HunyuanVideo, CogVideoX), or the word pixels
+    fps: float = 0.0  # that faster clips are sampled at; 0: every clip keeps its own rate
     tile: int = 0  # pixels a side of the tiles that our VAE goes through large pictures in; 0: whole
     tile_overlap: int = 64
     text: str = ""  # T5_DIR, or T5_DIR,CLIP_DIR for a pooled vector; empty: a small encoder is made from the captions

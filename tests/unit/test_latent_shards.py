@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from data_pipelines.buckets import Bucket, BucketConfig
+from data_pipelines.buckets import Bucket, BucketConfig, frames_at
 from data_pipelines.claims import Claims
 from data_pipelines.decode_ahead import Ahead, Meter, Raw, bounds_of, decode_clip, decode_raw, plan_batches, stream_clip
 from data_pipelines.encode_report import read_tally
 from data_pipelines.encoding import Encoders, encode_one, encode_shards, wanted_buckets
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.items import find_items
 from data_pipelines.latent_shards import (
     MANIFEST,
     check_buckets,
@@ -34,7 +35,7 @@ from data_pipelines.latent_shards import (
 from data_pipelines.shards import ShardSet, ShardWriter
 from data_pipelines.storage import Directory
 from data_pipelines.workers import WorkerDied
-from tests.clips import noise, quadrants, video_bytes
+from tests.clips import noise, numbered, quadrants, video_bytes
 
 BUCKETS = [BucketConfig(resolutions=(32, 48), frames=(1, 5, 9), aspects=("1:1", "3:2"), upscale=4.0)]
 MANIFEST_OF_TESTS = {"format": 3, "buckets": describe_buckets(BUCKETS), "vae": "of the tests"}
@@ -272,13 +273,13 @@ class DyingPool:
     def __init__(self) -> None:
         self.jobs: list[int] = []
 
-    def submit(self, function: Any, source: ShardSet, row: int, bucket: Bucket) -> Future[Any]:
+    def submit(self, function: Any, source: ShardSet, row: int, bucket: Bucket, fps: float) -> Future[Any]:
         future: Future[Any] = Future()
         self.jobs.append(row)
         if row == 2 or len(self.jobs) == 1:
             future.set_exception(WorkerDied("a worker process died (exit code -11)"))
         else:
-            future.set_result(function(source, row, bucket))
+            future.set_result(function(source, row, bucket, fps))
         return future
 
 
@@ -438,3 +439,27 @@ def test_a_worker_may_be_late(source: ShardSet, tmp_path: Path) -> None:
     assert stopped.report["speed"]["shards"] == 0
     encode_shards(source, tmp_path / "b", BUCKETS, toy_encoders(), quiet)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_faster_clips_are_sampled_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "shards") as writer:
+        for i, (frames, fps) in enumerate([(25, 24.0), (13, 12.0), (9, 8.0)]):
+            about = {"kind": "video", "frames": frames, "fps": fps, "height": 32, "width": 48}
+            clip = numbered(frames, 32, 48)
+            writer.write({"__key__": f"s{i}", "mp4": video_bytes(clip, fps=int(fps)), "txt": "x", "json": about})
+    source = ShardSet.open(tmp_path / "shards")
+    bucket = Bucket(9, 32, 48)
+    for row, shown in ((0, 12.0), (1, 12.0), (2, 8.0)):
+        raw = decode_raw(source.key(row), source.read(row), bucket, fps=12.0)
+        assert raw.fps == shown
+        step = 2 if row == 0 else 1
+        own = decode_raw(source.key(row), source.read(row), Bucket(source.row(row).frames, 32, 48))
+        assert (raw.clip == own.clip[: 9 * step : step]).all()
+        pieces = list(stream_clip(source.read(row)["mp4"], bucket, [(0, 5), (5, 9)], 12.0 if row == 0 else None))
+        assert (np.concatenate(pieces) == raw.clip).all()
+    config = BucketConfig(resolutions=(32,), frames=(9, 13, 25), aspects=("3:2",), upscale=2.0)
+    for fps, lengths in ((0.0, [25, 13, 9]), (12.0, [13, 13, 9])):
+        items = find_items(source, config, encoded=False, fps=fps)
+        assert [items.choose(i, (0, 0))[1].frames for i in range(3)] == lengths
+    assert [frames_at(n, 30000 / 1001, 15.0) for n in (1, 2, 3, 31)] == [(1, 15.0), (1, 15.0), (2, 15.0), (16, 15.0)]
+    assert frames_at(10, 24.0, 30.0) == (10, 24.0)
