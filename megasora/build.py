@@ -17,6 +17,7 @@ from megasora.models.attention import find_attention
 from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
+from megasora.parallel.plan import PLANS
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
 
@@ -93,7 +94,8 @@ def build_engine(config: Config, group: Processes) -> Engine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products on a GPU
         torch.use_deterministic_algorithms(True)
     build = partial(build_model, config.model)
-    return TorchNative(build, fold(config.run.seed, "weights"), group, config.precision, config.optim)
+    plan = PLANS.get(config.model.family, [])
+    return TorchNative(build, fold(config.run.seed, "weights"), group, config.precision, config.optim, plan)
 
 
 def find_objective(config: Config) -> Objective | None:

@@ -31,11 +31,11 @@ class MicroBatch:
     noise: Tensor  # [L, P]
     weight: Tensor  # [L], or [S] of a classifier; zero for padding and for given frames
 
-    def part(self, index: int, parts: int) -> "MicroBatch":
-        """One of so many equal stretches of its tokens."""
+    def part(self, index: int, parts: int, shared: int) -> "MicroBatch":
+        """One of so many equal stretches of its tokens; attention layers see `shared` neighbouring ones."""
         begin, end = stretch(self.row.video.total, index, parts)
         return MicroBatch(
-            self.row.part(index, parts), self.data[begin:end], self.noise[begin:end], self.weight[begin:end]
+            self.row.part(index, parts, shared), self.data[begin:end], self.noise[begin:end], self.weight[begin:end]
         )
 
 

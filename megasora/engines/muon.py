@@ -6,7 +6,7 @@ once, orthogonalised whole by each rank, and each keeps its shard.
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that Jordan found, steep at zero
 ITERATIONS = 5
@@ -52,6 +52,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value
+    """This rank's share of a whole value, as the parameter is sharded: over the tensor group first, as it was."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    names, place = mesh.mesh_dim_names or (), list(mesh.get_coordinate() or ())
+    shape, stride = value.shape, value.stride()
+    for axis in sorted(range(mesh.ndim), key=lambda axis: names[axis : axis + 1] != ("tp",)):
+        if placements[axis].is_replicate():
+            continue
+        parts = value.chunk(mesh.size(axis), placements[axis].dim)  # type: ignore[attr-defined]
+        empty = value.narrow(placements[axis].dim, 0, 0)  # type: ignore[attr-defined]
+        value = parts[place[axis]] if place[axis] < len(parts) else empty
+    return DTensor.from_local(value.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megasora.engines.muon import Muon
 
@@ -52,6 +53,10 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int) -> fl
     return peak * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def mesh_of(parameter: Tensor) -> object:
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
+
+
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Optimizers that together own every parameter once. Biases and norms do not decay; Muon takes the blocks' matrices."""
     matrices: list[nn.Parameter] = []
@@ -59,12 +64,11 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     for name, parameter in model.named_parameters():
         hidden = config.name == "muon" and parameter.ndim == 2 and ".weight" in name and "blocks." in name
         (matrices if hidden else others).append(parameter)
-    decayed = [p for p in others if p.ndim > 1]
-    plain = [p for p in others if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups = []
+    for kind in dict.fromkeys(mesh_of(p) for p in others):  # an update goes over tensors of one mesh at a time
+        here = [p for p in others if mesh_of(p) == kind]
+        groups.append({"params": [p for p in here if p.ndim > 1], "weight_decay": config.weight_decay})
+        groups.append({"params": [p for p in here if p.ndim <= 1], "weight_decay": 0.0})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     ]

@@ -20,12 +20,13 @@ from megasora.engines.muon import sharded_like
 from megasora.engines.optim import OptimConfig, build_optimizers
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.mesh import Processes
+from megasora.parallel.tensor import Style, is_split, split_model
 
 
 class Part(Protocol):
     """What the engine needs of a micro-batch: it can be cut along its tokens."""
 
-    def part(self, index: int, parts: int) -> Any: ...
+    def part(self, index: int, parts: int, shared: int) -> Any: ...
 
 
 Row = TypeVar("Row", bound=Part)
@@ -76,7 +77,13 @@ class TorchNative:
     """DDP for zero0, FSDP2 for zero2 and zero3 and HSDP. `build` makes the model; its weights are drawn from `seed`."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], seed: int, processes: Processes, config: EngineConfig, optim: OptimConfig
+        self,
+        build: Callable[[], nn.Module],
+        seed: int,
+        processes: Processes,
+        config: EngineConfig,
+        optim: OptimConfig,
+        plan: list[tuple[str, Style]],
     ) -> None:
         self.processes, self.config, self.optim = processes, config, optim
         with torch.device("meta"):
@@ -84,12 +91,15 @@ class TorchNative:
         layout = processes.layout
         if layout.cp > 1:
             model.attention = ContextAttention(model.attention, processes.context)  # type: ignore[arg-type, assignment]
+        if layout.tp > 1:
+            split_model(model, plan, processes.mesh["tp"])
         shard_model(model, processes, config)
         model.to_empty(device=processes.device)
         init_weights(model, build, seed)
         self.model = model
         self.sharded = layout.zero >= 2
-        replicated = layout.dp * layout.cp > 1 and not self.sharded
+        # DDP takes no split parameters: with tensor parallelism the reduction is our own, after the last row.
+        replicated = layout.dp * layout.cp > 1 and not self.sharded and layout.tp == 1
         self.wrapped = (
             DistributedDataParallel(model, process_group=processes.replicas.get_group()) if replicated else model
         )
@@ -100,18 +110,52 @@ class TorchNative:
         total = torch.zeros((), device=self.processes.device)
         layout = self.processes.layout
         for i, row in enumerate(rows):
-            mine = row.part(*self.processes.part) if layout.cp > 1 else row
+            mine = row.part(*self.processes.part) if layout.cp * layout.tp > 1 else row
             with self._reducing(i == len(rows) - 1):
                 with self._autocast():
                     value = loss(self.wrapped, mine)
                 # Both wrappers average over the ranks that share parameters; the loss is a sum over them.
                 (value * layout.dp * layout.cp).backward()
             total += value.detach()
+        if layout.tp > 1:
+            self._reduce()
         dist.all_reduce(total)
         return total
 
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        """What wrappers do not: of parameters that are not split the sum over the tensor group, without ZeRO the mean over the
+        replicas. One collective each."""
+        gradients = [(p, local(p.grad)) for p in self.model.parameters() if p.grad is not None]
+        together = [g for p, g in gradients if not is_split(p)]
+        all_reduce_together(together, self.processes.mesh["tp"].get_group())
+        replicas = self.processes.layout.dp * self.processes.layout.cp
+        if not self.sharded and replicas > 1:
+            every = [g for _, g in gradients]
+            torch._foreach_div_(every, replicas)
+            all_reduce_together(every, self.processes.replicas.get_group())
+
+    def _norm(self) -> Tensor:
+        """The global norm where some parameters are split over the tensor group and others are not."""
+        squares = torch.zeros(2, device=self.processes.device)  # of those that are not, and of those that are
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                squares[int(is_split(parameter))] += local(parameter.grad).float().square().sum()
+        if self.sharded:
+            shards = self.processes.shards
+            dist.all_reduce(squares, group=shards.get_group(shards.ndim - 1))
+        split = squares[1:].clone()
+        dist.all_reduce(split, group=self.processes.mesh["tp"].get_group())
+        return (squares[0] + split[0]).sqrt()
+
     def clip(self) -> Tensor:
         parameters = list(self.model.parameters())
+        if self.processes.layout.tp > 1:
+            norm = self._norm()
+            if self.optim.clip:
+                share = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], share)
+            return norm
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.optim.clip:
@@ -186,6 +230,15 @@ class TorchNative:
         return torch.autocast(
             self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False
         )
+
+
+def all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sums tensors over a group, in place, as one."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    torch._foreach_copy_(
+        tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
         y = F.scaled_dot_product_attention(next(batch), next(batch), next(batch))
         outputs.append(y.transpose(1, 2).flatten(0, 1))
     if not any(length and width for _, length, _, width in attended):
-        return q * 0 + (k.sum() + v.sum()) * 0  # nothing was seen, but every weight is of the graph: wrappers count on it
+        return (
+            q * 0 + (k.sum() + v.sum()) * 0
+        )  # nothing was seen, but every weight is of the graph: wrappers count on it
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -188,7 +188,7 @@ class DiT(nn.Module):
             run = row.runs.index  # [L]
             condition = time + label[row.run_sample]  # [R, D], fp32
             for block in self.blocks:
-                x = block(x, row.video, condition, run, self.attention)  # [L, D]
+                x = block(x, row.attended.video, condition, run, self.attention)  # [L, D]
             shift, scale = self.out_modulation(condition)  # two [R, D], fp32
             return self.out(layernorm_modulate(x, scale, shift, run, EPS))  # [L, output_values]
         context, of_context = condition_tokens(row, time, label)

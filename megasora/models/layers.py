@@ -123,13 +123,13 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, context: Tensor, queries: Segments, keys: Segments, attention: Attention) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1))  # [L, N, K]
-        k = self.k(context).unflatten(-1, (self.heads, -1))  # [M, N, K]
-        v = self.v(context).unflatten(-1, (self.heads, -1))  # [M, N, K]
+        q = self.q(x).unflatten(-1, (-1, self.head_width))  # [L, N, K]
+        k = self.k(context).unflatten(-1, (-1, self.head_width))  # [M, N, K]
+        v = self.v(context).unflatten(-1, (-1, self.head_width))  # [M, N, K]
         return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
 
 

@@ -122,7 +122,8 @@ class PackedRow:
     """One model input. Padding, where there is any, is the last sample: its own segment, without text, at timestep 0.
 
     A part of a row (`part`) has a stretch of its tokens and all that belongs to samples, runs and captions. Of the caption's
-    tokens, models that carry text through their blocks take `own_text`.
+    tokens, models that carry text through their blocks take `own_text`. Attention layers may see more tokens than the rest of
+    a block: those of `attended`.
     """
 
     tokens: Tensor  # [L, P] noisy patches
@@ -139,6 +140,12 @@ class PackedRow:
     label: Tensor  # [S] int64, -1 for none
     own_text: tuple[int, int]  # first and end of the tokens of `text` that are this part's
     own_caption: Segments  # of them
+    wider: "PackedRow | None" = None  # the part that attention layers see, if that is more than this one
+
+    @property
+    def attended(self) -> "PackedRow":
+        """The row as attention layers see it."""
+        return self.wider or self
 
     @cached_property
     def frames(self) -> Segments:
@@ -150,8 +157,8 @@ class PackedRow:
         """[R] int64: the sample of each run."""
         return torch.tensor(self.run_owners, device=self.tokens.device)
 
-    def part(self, index: int, parts: int) -> "PackedRow":
-        """One of so many equal stretches of the row."""
+    def part(self, index: int, parts: int, shared: int = 1) -> "PackedRow":
+        """One of so many equal stretches of the row. Attention layers see `shared` neighbouring ones."""
         begin, end = stretch(self.video.total, index, parts)
         return replace(
             self,
@@ -161,6 +168,7 @@ class PackedRow:
             runs=self.runs.part(index, parts),
             own_text=stretch(self.caption.total, index, parts),
             own_caption=self.caption.part(index, parts),
+            wider=self.part(index // shared, parts // shared) if shared > 1 else None,
         )
 
 

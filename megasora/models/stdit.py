@@ -87,7 +87,7 @@ class HeadNormAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.norm_q = RMSNorm(width // heads, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(width // heads, eps) if qk_norm else nn.Identity()
@@ -101,9 +101,9 @@ class HeadNormAttention(nn.Module):
         angles: Tensor | None,
         attention: Attention,
     ) -> Tensor:
-        q = self.norm_q(self.q(x).unflatten(-1, (self.heads, -1)))  # [L, N, K]
-        k = self.norm_k(self.k(context).unflatten(-1, (self.heads, -1)))  # [M, N, K]
-        v = self.v(context).unflatten(-1, (self.heads, -1))  # [M, N, K]
+        q = self.norm_q(self.q(x).unflatten(-1, (-1, self.head_width)))  # [L, N, K]
+        k = self.norm_k(self.k(context).unflatten(-1, (-1, self.head_width)))  # [M, N, K]
+        v = self.v(context).unflatten(-1, (-1, self.head_width))  # [M, N, K]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
@@ -137,7 +137,7 @@ class Block(nn.Module):
         y = self.self_attention(y, y, order, order, angles, attention)  # [L, D]
         x = gated(x, y, gate1, run)
         if self.cross_attention is not None:
-            x = x + self.cross_attention(x, text, row.video, row.caption, None, attention)
+            x = x + self.cross_attention(x, text, row.attended.video, row.caption, None, attention)
         y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
         return gated(x, y, gate2, run)
 
@@ -213,7 +213,7 @@ class STDiT(nn.Module):
                 time = time + fps[row.run_sample]
             modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
             if config.time_position == "rope":
-                angles = axial_angles(row.grid, (config.head_width, 0, 0))  # [L, K/2], fp32
+                angles = axial_angles(row.attended.grid, (config.head_width, 0, 0))  # [L, K/2], fp32
             else:
                 added = time_sincos(row, config.width)  # [L, D], fp32
         for i, pair in enumerate(self.blocks):

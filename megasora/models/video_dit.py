@@ -78,7 +78,7 @@ class QKNormAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
 
@@ -92,9 +92,9 @@ class QKNormAttention(nn.Module):
         attention: Attention,
         cache: Cache | None = None,
     ) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))  # [L, N, K]
-        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))  # [M, N, K]
-        v = self.v(context).unflatten(-1, (self.heads, -1))  # [M, N, K]
+        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_width))  # [L, N, K]
+        k = self.norm_k(self.k(context)).unflatten(-1, (-1, self.head_width))  # [M, N, K]
+        v = self.v(context).unflatten(-1, (-1, self.head_width))  # [M, N, K]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
@@ -133,7 +133,7 @@ class Block(nn.Module):
         y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
         y = self.self_attention(y, y, *seen, angles, attention, cache)  # [L, D]
         x = gated(x, y, gate1, run)
-        x = x + self.cross_attention(self.norm_cross(x), text, row.video, row.caption, None, attention)
+        x = x + self.cross_attention(self.norm_cross(x), text, row.attended.video, row.caption, None, attention)
         y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
         return gated(x, y, gate2, run)
 
@@ -178,8 +178,8 @@ class VideoDiT(nn.Module):
         with torch.autocast(row.tokens.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(row.timestep))  # [R, D], fp32
             modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
-            angles = rotary_angles(row.grid, self.config.head_width)  # [L, K/2], fp32
-        seen = self._seen(row, cache)
+            angles = rotary_angles(row.attended.grid, self.config.head_width)  # [L, K/2], fp32
+        seen = self._seen(row.attended, cache)
         for block in self.blocks:
             x = block(x, text, modulation, angles, row, seen, self.attention, cache)  # [L, D]
         return self.head(x, time, row.runs.index)  # [L, output_values]

@@ -87,6 +87,6 @@ def parse_layout(text: str, world: int) -> Layout:
         raise ConfigError(
             f"parallel.layout={text}: {layout.world} processes wanted, {world} started; valid here: {fitting}"
         )
-    if layout.pp * layout.tp > 1 or layout.zero == 1:
-        raise ConfigError(f"parallel.layout={text}: pp, tp and zero1 are not in this version; valid here: {fitting}")
+    if layout.pp > 1 or layout.zero == 1 or not layout.sequence_parallel:
+        raise ConfigError(f"parallel.layout={text}: pp, zero1 and nosp are not in this version; valid here: {fitting}")
     return layout

@@ -34,9 +34,11 @@ class Processes:
         return place["dp_replicate"] * self.layout.dp_shard + place["dp_shard"]
 
     @property
-    def part(self) -> tuple[int, int]:
-        """Which stretch of a row's tokens is this process's, and of how many."""
-        return dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))["cp"], self.layout.cp
+    def part(self) -> tuple[int, int, int]:
+        """Which stretch of a row's tokens is this process's, of how many, and how many its attention layers see together."""
+        place = dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))
+        layout = self.layout
+        return place["cp"] * layout.tp + place["tp"], layout.cp * layout.tp, layout.tp
 
     @cached_property
     def shards(self) -> DeviceMesh:

@@ -1,0 +1,138 @@
+"""Tensor parallelism with sequence parallelism: the ranks of a group split the matrices of a block, and between them the tokens.
+
+A column layer gathers the group's tokens and gives its share of the outputs; a row layer takes its share of the inputs and sums
+over the group, each rank keeping its own tokens (Narayanan et al. 2021; Korthikanti et al. 2022, section 4.2). Whatever is not
+split sees only its own tokens, so its gradients are parts of a sum over the group.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from megasora.models.layers import RMSNorm
+
+Style = Literal["column", "column_whole", "row", "norm"]
+
+
+class Gather:
+    """[L/tp, D] -> [L, D], once for all layers that are given the same tensor; backward sums and scatters."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = x, collectives.all_gather_tensor_autograd(x.contiguous(), 0, self.mesh.get_group())
+        return self._last[1]
+
+
+class ColumnLinear(nn.Module):
+    """A linear layer of which each rank has some outputs."""
+
+    def __init__(self, whole: nn.Linear, mesh: DeviceMesh, gather: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gather = gather
+        self.weight = split(whole.weight, mesh, 0)
+        self.bias = split(whole.bias, mesh, 0) if whole.bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[L/tp, D] -> [L, outputs/tp]."""
+        return F.linear(self.gather(x), here(self.weight), None if self.bias is None else here(self.bias))
+
+
+class RowLinear(nn.Module):
+    """A linear layer of which each rank has some inputs."""
+
+    def __init__(self, whole: nn.Linear, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight, self.bias = split(whole.weight, mesh, 1), whole.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[L, inputs/tp] -> [L/tp, D]."""
+        y = F.linear(x, here(self.weight))
+        y = collectives.reduce_scatter_tensor_autograd(y.contiguous(), "sum", 0, self.mesh.get_group())
+        return y if self.bias is None else y + self.bias.type_as(y)
+
+
+class SplitRMSNorm(nn.Module):
+    """RMS norm over a width of which each rank has its share."""
+
+    def __init__(self, whole: RMSNorm, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh, self.eps, self.width = mesh, whole.eps, whole.weight.shape[0]
+        self.weight = split(whole.weight, mesh, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[L, D/tp] -> [L, D/tp]."""
+        y = x.float()
+        squares = y.square().sum(-1, keepdim=True)  # [L, 1]
+        mean = AllReduce.apply(squares, self.mesh) / self.width  # [L, 1]
+        return (y * torch.rsqrt(mean + self.eps) * here(self.weight).float()).type_as(x)
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over the group, which every rank uses in its own way: so gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh  # type: ignore[attr-defined]
+        return collectives.wait_tensor(collectives.all_reduce(x, "sum", mesh.get_group()))
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        mesh: DeviceMesh = ctx.mesh  # type: ignore[attr-defined]
+        return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", mesh.get_group())), None
+
+
+def split(parameter: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    return nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(dim)], src_data_rank=None))
+
+
+def here(parameter: Tensor) -> Tensor:
+    """This rank's share, inside autograd."""
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether tensor parallelism has divided it."""
+    names = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else None
+    return names is not None and "tp" in names
+
+
+def split_model(model: nn.Module, plan: list[tuple[str, Style]], mesh: DeviceMesh) -> None:
+    """Replaces the layers that match the plan's patterns; the first group of a pattern names those that share a gather."""
+    gathers: dict[str, Gather] = {}
+    for name, module in list(model.named_modules()):
+        for pattern, style in plan:
+            match = re.fullmatch(pattern, name)
+            if match is None:
+                continue
+            parent, _, last = name.rpartition(".")
+            new: nn.Module
+            if style == "norm":
+                assert isinstance(module, RMSNorm)
+                new = SplitRMSNorm(module, mesh)
+            else:
+                assert isinstance(module, nn.Linear)
+                if style == "row":
+                    new = RowLinear(module, mesh)
+                else:
+                    gather = gathers.setdefault(match[1], Gather(mesh)) if style == "column" else as_it_is
+                    new = ColumnLinear(module, mesh, gather)
+            setattr(model.get_submodule(parent), last, new)
+            break
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    """What all ranks have anyway, such as a caption."""
+    return x
