@@ -27,6 +27,7 @@ MEDIA = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "jpg", "jpeg", "pn
 LATENTS = "safetensors"
 MEMBER_MAX = 1 << 31  # bytes
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's rule: the key ends at the first dot of the last part
+KEY = re.compile(r"[\w@-]+(/[\w@-]+)*", re.ASCII)  # of our own samples
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -114,6 +115,30 @@ def members(file: BinaryIO, size: int, *, end_mark: bool) -> Iterator[Member]:
         raise TornTar("truncated tar")
     if mark.strip(b"\0"):
         raise TornTar("damaged tar header")
+
+
+def plain_members(content: memoryview) -> list[Member] | None:
+    """The members of a piece of a tar that has plain headers as `ShardFile` writes them; None: ask `members`."""
+    found, position = [], 0
+    while position + 512 <= len(content):
+        header = bytes(content[position : position + 512])
+        name, _, rest = header[:100].partition(b"\0")
+        if header[257:265] != b"ustar\x0000" or header[156:157] != b"0" or rest.strip(b"\0") or header[345]:
+            return None
+        try:
+            size, checksum = int(header[124:135], 8), int(header[148:154], 8)
+            match = NAME.fullmatch(name.decode("ascii"))
+        except ValueError:
+            return None
+        if match is None or not KEY.fullmatch(match[1]) or checksum != sum(header) - sum(header[148:156]) + 256:
+            return None
+        data = position + 512
+        end = data + -(-size // 512) * 512
+        if end > len(content) or not match[2].isalnum():
+            return None
+        found.append(Member(match[1], match[2].lower(), position, data, size, end, None))
+        position = end
+    return found
 
 
 def _refusal(info: tarfile.TarInfo, suffix: str) -> str | None:

@@ -8,7 +8,6 @@ one pread. KEY.json carries what the index shows, and a checksum of the other me
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ import xxhash
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import (
     DIGEST,
+    KEY,
     LATENTS,
     Row,
     TornTar,
@@ -33,6 +33,7 @@ from data_pipelines.index import (
     index_name,
     list_tars,
     members,
+    plain_members,
     read_index,
     read_metadata,
     row_of,
@@ -41,7 +42,6 @@ from data_pipelines.index import (
 from data_pipelines.storage import CacheConfig, Directory, Storage, open_storage, sync, sync_directory
 
 CHECKSUM = "members_xxh3"  # in KEY.json
-KEY = re.compile(r"[\w@-]+(/[\w@-]+)*", re.ASCII)
 
 
 class ShardFile:
@@ -168,6 +168,7 @@ class ShardSet:
         self.storage, self.tars = storage, tuple(tars)
         self._tables, self._cache = tables, cache
         self._starts = [0, *accumulate(table.num_rows for table in tables)]
+        self._ranges = [tuple(table.column(name).to_numpy() for name in ("offset", "length")) for table in tables]
 
     @classmethod
     def open(cls, address: str | Path, cache: CacheConfig | None = None) -> ShardSet:
@@ -249,28 +250,30 @@ class ShardSet:
 
         Raises `BadSample` when the tar is short, damaged, another one than was indexed, or cannot be read.
         """
-        row = self.row(index)
-        tar = self.shard_of(index)
+        shard, place = self._place(index)
+        key, tar = self.key(index), self.tars[shard]
+        offset, length = (int(column[place]) for column in self._ranges[shard])
         try:
-            content = self.storage.view(tar, row.offset, row.length)
+            content = self.storage.view(tar, offset, length)
         except OSError as error:
-            raise BadSample(row.key, f"cannot read {tar} ({error.strerror or error})") from error
-        if len(content) < row.length:
-            raise BadSample(row.key, f"{tar} is truncated")
+            raise BadSample(key, f"cannot read {tar} ({error.strerror or error})") from error
+        if len(content) < length:
+            raise BadSample(key, f"{tar} is truncated")
         payload: dict[str, Any] = {}
         end = 0
         try:
-            for member in members(cast(BinaryIO, _Window(content)), len(content), end_mark=False):
-                if member.key != row.key or member.refused or member.suffix in payload:
+            window = cast(BinaryIO, _Window(content))
+            for member in plain_members(content) or members(window, length, end_mark=False):
+                if member.key != key or member.refused or member.suffix in payload:
                     raise TornTar(f"finds {member.key}.{member.suffix}")
                 part = content[member.data : member.data + member.size]
                 payload[member.suffix] = part if member.suffix == LATENTS else bytes(part)
                 end = member.end
         except TornTar as error:
-            raise BadSample(row.key, f"{tar} is not as it was indexed ({error})") from error
-        if end != row.length:
-            raise BadSample(row.key, f"{tar} is not as it was indexed (another length)")
-        _verify(row.key, payload)
+            raise BadSample(key, f"{tar} is not as it was indexed ({error})") from error
+        if end != length:
+            raise BadSample(key, f"{tar} is not as it was indexed (another length)")
+        _verify(key, payload)
         return payload
 
     def _place(self, index: int) -> tuple[int, int]:

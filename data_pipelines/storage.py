@@ -5,6 +5,7 @@ node: the order of samples keeps to a window of shards, so neighbours of a sampl
 """
 
 import fcntl
+import mmap
 import os
 import threading
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -55,7 +55,7 @@ class Storage(Protocol):
         ...
 
     def view(self, name: str, offset: int, length: int) -> memoryview:
-        """Those bytes, fewer where the file ends; they are the caller's to write to."""
+        """Those bytes, fewer where the file ends, without a copy where the file lies on this machine. Not to be written to."""
         ...
 
     def mapped(self, name: str) -> pa.NativeFile:
@@ -91,7 +91,7 @@ class Directory:
 
     def __init__(self, path: Path) -> None:
         self.address, self.path = str(path), path
-        self._files: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._files: OrderedDict[str, _Mapped] = OrderedDict()
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -103,8 +103,7 @@ class Directory:
         return _retried((self.path / name).read_bytes)
 
     def view(self, name: str, offset: int, length: int) -> memoryview:
-        file = self._file(name)
-        return _retried(lambda: _pread(file, length, offset))
+        return _retried(lambda: self._file(name).view(offset, length))
 
     def mapped(self, name: str) -> pa.NativeFile:
         return pa.memory_map(str(self.path / name))
@@ -120,34 +119,32 @@ class Directory:
         hidden.replace(self.path / name)
         sync_directory(self.path)
 
-    def _file(self, name: str) -> "_Descriptor":
+    def _file(self, name: str) -> "_Mapped":
         with self._lock:
-            file = self._files.pop(name, None) or _Descriptor(self.path / name)
+            file = self._files.pop(name, None) or _Mapped(self.path / name)
             self._files[name] = file
             if len(self._files) > self.OPEN_FILES:
                 self._files.popitem(last=False)
         return file
 
 
-class _Descriptor:
-    """An open file. It closes when nobody holds it any more, so a reader may outlive its place in the cache."""
+class _Mapped:
+    """A file as the page cache holds it. It stays as long as a view does, so a reader may outlive its place among the open ones.
+
+    What is written to a view stays in this process.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else None
 
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
-
-
-def _pread(file: _Descriptor, length: int, offset: int) -> memoryview:
-    """All of it, or up to the end of the file: one call of the system gives at most 2 GiB."""
-    buffer = np.empty(length, np.uint8).data  # bytearray would fill it with zeros first
-    done = 0
-    while done < length and (count := os.preadv(file.number, [buffer[done:]], offset + done)):
-        done += count
-    return buffer[:done]
+    def view(self, offset: int, length: int) -> memoryview:
+        if self._mapping is None:
+            return memoryview(b"")
+        # A file may have been cut since: to touch what is not there any more would end the process.
+        end = min(offset + length, self._mapping.size(), len(self._mapping))
+        return memoryview(self._mapping)[offset:end]
 
 
 def _retried(read: Callable[[], T]) -> T:

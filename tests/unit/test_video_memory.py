@@ -90,7 +90,7 @@ def test_hostile_headers_are_refused_in_little_memory(tmp_path):
     assert len(lines) == 2 * len(files)
     assert all("refused:" in line for line in lines)
     assert "claims 1000000 samples in" in done.stdout
-    assert int(peak) < 100
+    assert int(peak) < 200  # MiB, of which the index of a million frames that there may be takes 35
 
 
 def wide_avi(height: int, width: int) -> bytes:
