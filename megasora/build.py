@@ -1,5 +1,6 @@
 """What a config asks for, built: the engine, a stage's loader and recipe, the run directory, and the check that they fit."""
 
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from megasora.models.attention import find_attention
 from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
-from megasora.parallel.plan import PLANS
+from megasora.parallel.plan import PLANS, check_layout
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
 
@@ -25,6 +26,11 @@ from megasora.seeding import fold
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
     find_attention(config.model.attention)
+    check_layout(config.model, group.layout)
+    if group.layout.tp > 1 and (config.eval.every or config.eval.loss_every):
+        raise ConfigError(
+            f"eval.every={config.eval.every}: not with tensor parallelism in this version; 0, also eval.loss_every"
+        )
     for key, path in (
         ("clip", config.eval.clip),
         ("fvd", config.eval.fvd),
@@ -57,7 +63,7 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
             raise ConfigError(
                 f"model.patch={list(config.model.patch)}: does not divide the {sizes} latent of bucket {bucket}"
             )
-    unit = 128  # lcm(2 · tp · cp, 128) of the layouts there are
+    unit = math.lcm(2 * group.layout.tp * group.layout.cp, 128)
     largest = max(
         tokens_of(bucket, latents.compression, config.model.patch)
         for stage in config.stages

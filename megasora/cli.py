@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "train": "train the generator on the latent shards",
     "sample": "prompts -> mp4 and a contact sheet, from a checkpoint",
     "bench": "measure the training step: a table and JSON",
+    "parity": "check that layouts compute what one process computes",
     "plan": "list the presets and their parameters",
     "ckpt": "list and verify checkpoints",
     "launch": "start a verb on several processes, keeping its exit code",

@@ -6,22 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megasora.build import build_recipe
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import TorchNative, local
+from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, training_loss
 from megasora.models.families import build_model
 from megasora.models.packing import Item, Shape, pack
 from megasora.models.text import Text
 from megasora.parallel.mesh import Processes
-from megasora.parallel.plan import PLANS
+from megasora.parallel.plan import PLANS, check_layout
 from megasora.schema import Config
 from megasora.seeding import fold, generator
 
@@ -44,8 +48,28 @@ class Outcome:
     parameters: dict[str, Tensor]  # after three steps
 
 
+def save(outcome: Outcome, file: Path) -> None:
+    """For the process that compares."""
+    tensors = {f"gradient/{name}": tensor for name, tensor in outcome.gradients.items()}
+    tensors |= {f"parameter/{name}": tensor for name, tensor in outcome.parameters.items()}
+    save_file(tensors, file, {"loss": repr(outcome.loss), "norm": repr(outcome.norm)})
+
+
+def load(file: Path) -> Outcome:
+    with safe_open(file, "pt") as found:
+        facts = found.metadata()
+        gradients, parameters = (
+            {name.removeprefix(kind): found.get_tensor(name) for name in found.keys() if name.startswith(kind)}  # noqa: SIM118
+            for kind in ("gradient/", "parameter/")
+        )
+    return Outcome(float(facts["loss"]), float(facts["norm"]), gradients, parameters)
+
+
 def run(config: Config, group: Processes) -> Outcome:
     """Three steps on this layout. All ranks call it."""
+    check_layout(config.model, group.layout)
+    if COUNT % group.layout.dp:
+        raise ConfigError(f"parallel.layout={group.layout}: parity divides {COUNT} rows among data-parallel ranks")
     engine = TorchNative(
         noisy(partial(build_model, config.model)), fold(config.run.seed, "weights"), group, config.precision,
         replace(config.optim, ema=0.0), PLANS.get(config.model.family, []),

@@ -50,13 +50,14 @@ class Layout:
         return ",".join(term for term in terms if term)
 
 
-def parse_layout(text: str, world: int) -> Layout:
-    """Reads a layout for `world` processes; `auto` is plain data parallelism, sharded (ZeRO-2) where there are several.
+def parse_layout(text: str, world: int | None = None) -> Layout:
+    """Reads a layout for `world` processes, or for as many as it asks for; `auto` is plain data parallelism, sharded (ZeRO-2)
+    where there are several.
 
     Raises ConfigError, naming `parallel.layout` and a layout that works, when a term is unknown, the product is not the
     world, or the layout asks for what this version does not have.
     """
-    fitting = f"dp{world},zero2" if world > 1 else "dp1"
+    fitting = f"dp{world},zero2" if world and world > 1 else "dp1"
     if text in ("auto", ""):
         text = fitting
     found: dict[str, str] = {}
@@ -83,7 +84,7 @@ def parse_layout(text: str, world: int) -> Layout:
         ulysses=int(found.get("ulysses", 1)), ring=int(found.get("ring", 1)), tp=int(found.get("tp", 1)),
         sequence_parallel="nosp" not in found, zero=zero,
     )  # fmt: skip
-    if layout.world != world:
+    if world is not None and layout.world != world:
         raise ConfigError(
             f"parallel.layout={text}: {layout.world} processes wanted, {world} started; valid here: {fitting}"
         )

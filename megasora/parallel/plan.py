@@ -4,6 +4,11 @@ column: some outputs, of the tokens that all ranks of the group have together; c
 row: some inputs; norm: over a width that is split. The first group of a column's pattern names the layers with one input.
 """
 
+from dataclasses import replace
+from typing import Any
+
+from megasora.errors import ConfigError
+from megasora.parallel.layout import Layout
 from megasora.parallel.tensor import Style
 
 ATTENTION: list[tuple[str, Style]] = [
@@ -21,3 +26,39 @@ PLANS: dict[str, list[tuple[str, Style]]] = {
     "stdit": [*ATTENTION, *MLP],
     "dit": [*ATTENTION, *MLP],
 }
+
+
+def check_layout(model: Any, layout: Layout) -> None:
+    """Raises ConfigError, with the nearest layout that works, for one on which the model of a config cannot be spread."""
+    if layout.tp * layout.cp == 1:
+        return
+    family = model.family
+    apart = family in ("vit", "vivit") or (family == "dit" and not model.adaptive)
+    if apart:
+        what = f"model.family={family}" if family != "dit" else f"model.design={model.design}"
+        raise refusal(layout, f"{what} keeps whole rows: no cp, no tp", ulysses=1, ring=1, tp=1)
+    if layout.tp > 1 and family not in PLANS:
+        raise refusal(layout, f"model.family={family} has no tp in this version", ulysses=layout.cp * layout.tp, tp=1)
+    if layout.ring > 1 and (family == "stdit" or (family == "video_dit" and model.temporal != "full")):
+        raise refusal(
+            layout, "attention in windows or in another order wants whole rows: no ring", ulysses=layout.cp, ring=1
+        )
+    share = layout.tp * layout.ulysses
+    if model.heads % share:
+        least = max(
+            n for n in range(1, share + 1) if (model.heads % n == 0 and share % n == 0 and n % layout.tp == 0) or n == 1
+        )
+        tp = layout.tp if least % layout.tp == 0 else 1
+        ulysses = least // tp
+        raise refusal(layout, f"{model.heads} heads do not divide by tp x Ulysses = {share}", tp=tp, ulysses=ulysses)
+    if family != "stdit" and model.ffn % layout.tp:
+        raise refusal(layout, f"model.ffn={model.ffn} does not divide by tp{layout.tp}", tp=1)
+
+
+def refusal(layout: Layout, why: str, **instead: Any) -> ConfigError:
+    """With the processes that are left over as data-parallel ranks."""
+    other = replace(layout, **instead)
+    spare = layout.world // other.world
+    key = "dp_shard" if layout.zero else "dp_replicate"
+    grown: dict[str, Any] = {key: getattr(other, key) * spare}
+    return ConfigError(f"parallel.layout={layout}: {why}; nearest is {replace(other, **grown)}")

@@ -2,14 +2,17 @@
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megasora.config import load_config
+from megasora.engines.torch_native import TorchNative
 from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import AXES, Processes
+from megasora.parallel.tensor import AllReduce
 from megasora.parity import Outcome, compare, run
 from megasora.schema import Config
 from tests.harness import run_distributed
@@ -57,9 +60,11 @@ def reference() -> dict[str, Outcome]:
 CASES = {
     2: [("video_dit", layout) for layout in ("dp2", "dp2,zero2", "dp2,zero3", "cp2x1", "cp1x2", "dp1,cp2,zero3")]
     + [(family, "cp2x1") for family in FAMILIES]
+    + [(family, "tp2") for family in ("video_dit", "stdit", "dit", "chunks")]
     + [("mmdit", "cp1x2"), ("dit", "cp1x2"), ("refiner", "cp1x2")],
     4: [("video_dit", layout) for layout in ("hsdp2x2", "cp2x2", "cp4", "dp2,cp2,zero3", "dp2,cp1x2", "dp1,cp1x4,zero2")]
-    + [("mmdit", "cp2x2"), ("mmdit", "dp2,cp2,zero3"), ("stdit", "cp4")],
+    + [("video_dit", layout) for layout in ("tp4", "dp2,tp2", "dp2,tp2,zero3", "tp2,cp2", "dp1,tp2,cp1x2,zero3")]
+    + [("mmdit", "cp2x2"), ("mmdit", "dp2,cp2,zero3"), ("stdit", "cp4"), ("stdit", "tp2,cp2"), ("dit", "dp2,tp2,zero2")],
 }  # fmt: skip
 
 
@@ -69,6 +74,24 @@ def test_every_layout_computes_what_one_process_does(world: int, reference: dict
         for (family, layout), outcome in zip(CASES[world], found, strict=True):
             difference = compare(reference[family], outcome)
             assert difference.worst <= 1e-5, f"{family} on {layout}, rank {rank}: {difference}"
+
+
+def broken_norm(cases: list[tuple[str, str]]) -> list[Outcome]:
+    """A seeded bug: the squares of a split norm are summed, their gradients are not."""
+    with patch.object(AllReduce, "backward", staticmethod(lambda ctx, grad: (grad, None))):
+        return outcomes(cases)
+
+
+def broken_sum(cases: list[tuple[str, str]]) -> list[Outcome]:
+    """A seeded bug: what is not split is not summed over the tensor group."""
+    with patch.object(TorchNative, "_reduce", lambda engine: None):
+        return outcomes(cases)
+
+
+@pytest.mark.parametrize("bug", [broken_norm, broken_sum])
+def test_a_missing_reduction_is_seen(bug: Any, reference: dict[str, Outcome]) -> None:
+    for (outcome,) in run_distributed(bug, 2, [("video_dit", "tp2")]):
+        assert compare(reference["video_dit"], outcome).worst > 1e-2
 
 
 def test_no_gradient_is_missing(reference: dict[str, Outcome]) -> None:

@@ -10,7 +10,7 @@ LAYERS = [
     ("megasora.__main__",),
     ("megasora.cli",),
     ("megasora.verbs",),
-    ("megasora.trainer", "megasora.bench"),
+    ("megasora.trainer", "megasora.bench", "megasora.parity"),
     ("megasora.evaluation",),
     ("megasora.rendering",),
     (
