@@ -44,7 +44,7 @@ def test_a_stage_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FarEnoughError
 
     loader = SimpleNamespace(
-        samples=0, unfit=0, expected=lambda: {}, batches=lambda step: iter([asked.append(step)])
+        samples=0, unfit=0, expected=dict, batches=lambda step: iter([asked.append(step)])
     )  # fmt: skip
     monkeypatch.setattr(module, "build_loader", lambda *_: loader)
     monkeypatch.setattr(module, "build_recipe", lambda *_: None)
