@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megasora import trainer as module
 from megasora.schema import Config, Stage
+from megasora.segments import Segment
 from megasora.trainer import Trainer
 from tests.harness import run_distributed
 
@@ -42,13 +43,16 @@ def test_a_stage_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop_here(*_: Any) -> None:
         raise FarEnoughError
 
-    loader = SimpleNamespace(items=[], by_bucket={}, batches=lambda step: iter([asked.append(step)]))
+    loader = SimpleNamespace(
+        samples=0, unfit=0, expected=dict, batches=lambda step: iter([asked.append(step)])
+    )  # fmt: skip
     monkeypatch.setattr(module, "build_loader", lambda *_: loader)
     monkeypatch.setattr(module, "build_recipe", lambda *_: None)
     monkeypatch.setattr(module, "learning_rate", lambda config, peak, step, steps: rates.append(step))
-    trainer = bare(config=Config(), shards=None, latents=None, obey={}, step=20)
+    trainer = bare(config=Config(), data=SimpleNamespace(facts=None), obey={}, step=20)
     monkeypatch.setattr(trainer, "next_batch", lambda batches, segment: (next(batches), False))
     monkeypatch.setattr(trainer, "train_step", stop_here)
     with pytest.raises(FarEnoughError):
-        trainer.run_stage(1, Stage(steps=25), 15, 40)
-    assert asked == rates == [5]
+        trainer.run_segment(Segment(1, Stage(steps=25), stage_first=10, first=15, end=40))
+    assert asked == [5]  # of the segment
+    assert rates == [10]  # of the stage
