@@ -1,7 +1,16 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from megasora.errors import ConfigError
+from megasora.models.dit import DiTConfig
+from megasora.models.mmdit import MMDiTConfig
+from megasora.models.stdit import STDiTConfig
+from megasora.models.video_dit import VideoDiTConfig
+from megasora.models.vit import ViTConfig
 from megasora.parallel.layout import parse_layout
+from megasora.parallel.plan import check_layout
 
 
 @pytest.mark.parametrize(
@@ -22,6 +31,46 @@ def test_layouts(text: str, world: int, meaning: tuple[int, int, int], written: 
     assert (layout.dp_replicate, layout.dp_shard, layout.zero) == meaning
     assert str(layout) == written
     assert parse_layout(written, world) == layout
+    assert parse_layout(written) == layout
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("tp2", "dp1,tp2"),
+        ("cp2", "dp1,cp2x1"),
+        ("cp2x3,tp2,zero3,dp4", "dp4,cp2x3,tp2,zero3"),
+        ("hsdp2x2,cp4", "hsdp2x2,cp4x1,zero3"),
+    ],
+)
+def test_terms_in_any_order(text: str, written: str) -> None:
+    assert str(parse_layout(text)) == written
+
+
+MODEL = VideoDiTConfig(width=96, heads=12, ffn=200)
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "said"),
+    [
+        (MODEL, "tp8", "12 heads do not divide by tp x Ulysses = 8; nearest is"),
+        (MODEL, "cp5", "12 heads do not divide by tp x Ulysses = 5; nearest is dp5"),
+        (replace(MODEL, ffn=202), "tp4", "ffn=202 does not divide by tp4; nearest is dp4"),
+        (replace(MODEL, temporal="chunk_causal"), "cp2x2", "no ring; nearest is dp1,cp4x1"),
+        (STDiTConfig(), "cp1x4,zero2,dp1", "no ring; nearest is dp1,cp4x1,zero2"),
+        (MMDiTConfig(), "tp2", "model.family=mmdit has no tp in this version; nearest is dp1,cp2x1"),
+        (ViTConfig(classes=3), "cp2", "model.family=vit keeps whole rows: no cp, no tp; nearest is dp2"),
+        (DiTConfig(design="in_context"), "tp2", "model.design=in_context keeps whole rows: no cp, no tp; nearest is dp2"),
+    ],
+)  # fmt: skip
+def test_layouts_that_a_model_cannot_be_spread_over(model: Any, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"parallel.layout=.*{said}"):
+        check_layout(model, parse_layout(text))
+
+
+@pytest.mark.parametrize("text", ["tp2", "tp4,cp3", "cp12", "cp1x5", "dp3,zero3"])
+def test_layouts_that_fit(text: str) -> None:
+    check_layout(MODEL, parse_layout(text))
 
 
 @pytest.mark.parametrize(
@@ -31,8 +80,8 @@ def test_layouts(text: str, world: int, meaning: tuple[int, int, int], written: 
         ("dq2", 2),
         ("dp2,dp2", 4),
         ("dp2,hsdp1x2", 4),
-        ("tp2", 2),
-        ("cp2x1", 2),
+        ("tp2:nosp", 2),
+        ("tp2,cp2", 2),
         ("pp2:1f1b", 2),
         ("zero1,dp2", 2),
     ],
