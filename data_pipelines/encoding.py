@@ -35,7 +35,7 @@ from data_pipelines.index import Row, index_name
 from data_pipelines.latent_shards import About, Latent, claim_manifest, latent_sample, pick, shard_report
 from data_pipelines.shards import ShardFile, ShardSet
 from data_pipelines.storage import sync_directory
-from data_pipelines.video import Undecodable
+from data_pipelines.video_reader import Undecodable
 from data_pipelines.workers import WorkerPool
 
 PRIVATE = ".encode"  # in the output while it is being made: claims, and what each worker is at

@@ -21,7 +21,8 @@ import xxhash
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage import Storage
-from data_pipelines.video import Undecodable, probe
+from data_pipelines.video import probe
+from data_pipelines.video_reader import Undecodable
 
 MEDIA = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "jpg", "jpeg", "png", "webp"})
 LATENTS = "safetensors"

@@ -22,7 +22,7 @@ from data_pipelines.prepare_config import PrepareConfig
 from data_pipelines.raw_inputs import Source, read_source
 from data_pipelines.shards import ShardFile, ShardSet
 from data_pipelines.storage import sync, sync_directory
-from data_pipelines.video import Undecodable
+from data_pipelines.video_reader import Undecodable
 
 PART_BYTES = 1 << 30  # of sources: a part ends with the one that reaches it
 EXAMPLES = 5  # names kept for each reason of dropping

@@ -21,11 +21,6 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
 from data_pipelines.video_reader import Undecodable, VideoReader, check_size
-from data_pipelines.video_write import Mp4Writer as Mp4Writer
-from data_pipelines.video_write import contact_sheet as contact_sheet
-from data_pipelines.video_write import encode_gif as encode_gif
-from data_pipelines.video_write import encode_image as encode_image
-from data_pipelines.video_write import encode_mp4 as encode_mp4
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif"}

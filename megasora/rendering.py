@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.video import Mp4Writer, Undecodable, contact_sheet, decode, probe
+from data_pipelines.video import decode, probe
+from data_pipelines.video_reader import Undecodable
+from data_pipelines.video_write import Mp4Writer, contact_sheet
 from megasora.encoders import from_pixels, to_pixels
 from megasora.errors import ConfigError
 from megasora.models.families import chunk_of

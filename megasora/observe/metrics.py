@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_pipelines.video import encode_gif
+from data_pipelines.video_write import encode_gif
 
 METRICS, EVENTS, QUARANTINE = "metrics.jsonl", "events.jsonl", "quarantine.jsonl"
 

@@ -21,7 +21,8 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import MEDIA
 from data_pipelines.order import Order
 from data_pipelines.shards import ShardSet
-from data_pipelines.video import Undecodable, decode
+from data_pipelines.video import decode
+from data_pipelines.video_reader import Undecodable
 from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.errors import ConfigError

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipelines.buckets import BucketConfig
 from data_pipelines.encoding import Encoders, encode_shards
 from data_pipelines.shards import ShardSet, ShardWriter
-from data_pipelines.video import encode_mp4
+from data_pipelines.video_write import encode_mp4
 from megasora.encoders import check_latents, open_facts, open_online
 from megasora.models.vae import VAEConfig, VideoVAE
 from megasora.schema import Config, EncodeConfig, Stage

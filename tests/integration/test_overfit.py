@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from data_pipelines.demo_clips import draw_clip
-from data_pipelines.video import decode, encode_mp4
+from data_pipelines.video import decode
+from data_pipelines.video_write import encode_mp4
 from megasora.cli import main
 
 CAPTION = "A red circle moves right."

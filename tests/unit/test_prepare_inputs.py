@@ -18,7 +18,8 @@ from data_pipelines.prepare_parts import make_parts
 from data_pipelines.raw_inputs import Source, make_slugs
 from data_pipelines.shards import ShardSet
 from data_pipelines.storage import open_storage
-from data_pipelines.video import decode, encode_image
+from data_pipelines.video import decode
+from data_pipelines.video_write import encode_image
 from tests.clips import noise, numbered, read_number, write_clip
 
 

@@ -23,7 +23,7 @@ from data_pipelines.duplicates import COLOUR_DISTANCE, find_duplicates
 from data_pipelines.errors import DataError
 from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.shards import ShardSet
-from data_pipelines.video import encode_mp4
+from data_pipelines.video_write import encode_mp4
 from tests.clips import noise, write_clip
 
 

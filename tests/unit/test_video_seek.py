@@ -11,8 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines.video import Undecodable, decode, encode_image, iter_frames
-from data_pipelines.video_reader import VideoReader
+from data_pipelines.video import decode, iter_frames
+from data_pipelines.video_reader import Undecodable, VideoReader
+from data_pipelines.video_write import encode_image
 from tests.clips import noise, numbered, read_number, video_bytes
 
 FRAMES = 60
