@@ -9,10 +9,13 @@ import torch
 import yaml
 from safetensors.torch import save, save_file
 
+from data_pipelines.buckets import BucketConfig
 from data_pipelines.shards import ShardWriter
 from megasora.cli import main
+from megasora.encoders import make_manifest, open_stage
 from megasora.models.text import SmallTextEncoder
 from megasora.observe.metrics import history
+from megasora.schema import EncodeConfig
 
 # The pixels themselves are the latents: two classes of flat colour, as images and as clips.
 SAMPLES = 12
@@ -49,8 +52,9 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
             facts = {"kind": "video", "frames": 6, "fps": 8.0, "height": 16, "width": 16, "temporal_compression": 1,
                      "caption_tokens": len(texts[label].tokens), "label": label}  # fmt: skip
             writer.write({"__key__": f"s{i:03d}", "json": facts, "safetensors": save(tensors)})
-    manifest = {"format": 2, "vae": "pixels", "text": encoder.fingerprint(), "text_width": 16, "pooled_width": 16,
-                "channels": 3, "compression": [1, 1, 1], "dtype": "float32", "tile": []}  # fmt: skip
+    made = EncodeConfig(vae="pixels", text=str(directory / "text"), output=str(directory), latent_dtype="float32")
+    buckets = BucketConfig(resolutions=(16,), frames=(1, 6), aspects=("1:1",), multiple=16)
+    manifest = make_manifest(open_stage(made, torch.device("cpu")), encoder, made, [buckets])
     (directory / "latents.json").write_text(json.dumps(manifest))
     null = texts[2]
     save_file({"null_text": null.tokens, "pooled": null.pooled}, directory / "null_text.safetensors")
