@@ -12,16 +12,22 @@ def losses(road: Road, run: str) -> list[float]:
     return [line["loss"] for line in history(road.directory / run)]
 
 
-def test_training_on_other_layouts_and_back(road: Road) -> None:
-    steps = ("--run.steps=8", "--stages.0.steps=4", "--checkpoint.every=4", "--eval.every=0")
-    road.run("train", f"--run.dir={road.directory / 'alone'}", *steps)
-    for name, layout, nproc in (("tp2", "dp1,tp2", 2), ("cp2", "dp1,cp2,zero2", 2)):
-        run = road.directory / name
-        road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *steps, nproc=nproc)
-        assert losses(road, name) == pytest.approx(losses(road, "alone"), rel=1e-4)
-        (run / "checkpoints" / "latest").unlink(missing_ok=True)
-        road.run("train", f"--run.dir={run}", f"--run.resume={run / 'checkpoints' / 'step-00000004'}", *steps)
-        assert losses(road, name) == pytest.approx(losses(road, "alone"), rel=1e-4)
+STEPS = ("--run.steps=8", "--stages.0.steps=4", "--checkpoint.every=4", "--eval.every=0")
+
+
+@pytest.fixture(scope="module")
+def alone(road: Road) -> list[float]:
+    road.run("train", f"--run.dir={road.directory / 'layout-alone'}", *STEPS)
+    return losses(road, "layout-alone")
+
+
+@pytest.mark.parametrize(("name", "layout"), [("tp2", "dp1,tp2"), ("cp2", "dp1,cp2,zero2")])
+def test_training_on_another_layout_and_back(name: str, layout: str, road: Road, alone: list[float]) -> None:
+    run = road.directory / f"layout-{name}"
+    road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *STEPS, nproc=2)
+    assert losses(road, run.name) == pytest.approx(alone, rel=1e-4)
+    road.run("train", f"--run.dir={run}", f"--run.resume={run / 'checkpoints' / 'step-00000004'}", *STEPS)
+    assert losses(road, run.name) == pytest.approx(alone, rel=1e-4)
 
 
 def test_parity_is_one_command(road: Road) -> None:

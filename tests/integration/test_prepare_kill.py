@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import webdataset  # noqa: F401 - forked children then need not import it, which takes longer than their work
 
 from data_pipelines.prepare import PrepareConfig, prepare
 from tests.clips import noise, write_clip
