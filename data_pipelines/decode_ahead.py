@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -17,10 +18,11 @@ from data_pipelines.buckets import Bucket
 from data_pipelines.errors import BadSample
 from data_pipelines.index import MEDIA, read_metadata
 from data_pipelines.latent_shards import About, read_about
+from data_pipelines.reading import read
 from data_pipelines.shards import ShardSet
 from data_pipelines.video import decode, is_image, iter_frames
 from data_pipelines.video_reader import Undecodable, VideoReader
-from data_pipelines.workers import WorkerDied, WorkerPool
+from data_pipelines.workers import WorkerPool
 
 PIECE = 16  # frames that an encoder takes at a time
 WINDOW = 64  # source samples among which clips of one shape are put together
@@ -115,11 +117,6 @@ def decode_raw(key: str, members: dict[str, bytes], bucket: Bucket, fps: float =
         raise BadSample(key, str(error)) from None
 
 
-def read_raw(source: ShardSet, row: int, bucket: Bucket, fps: float) -> Raw:
-    """Reads and decodes a short clip. Raises BadSample."""
-    return decode_raw(source.key(row), source.read(row), bucket, fps)
-
-
 def stream_raw(source: ShardSet, row: int, bucket: Bucket, bounds: list[tuple[int, int]], fps: float) -> Raw:
     """Reads a long clip and begins to decode it, in a thread of its own. Raises BadSample; its pieces raise Undecodable."""
     key, members = source.key(row), source.read(row)
@@ -188,14 +185,8 @@ class Ahead:
         try:
             if pixels_of(bucket) > self.pixels and bucket.frames > 1:
                 return stream_raw(self.source, row, bucket, bounds_of(bucket.frames, self.compression), self.fps)
-            if self.pool is None:
-                return read_raw(self.source, row, bucket, self.fps)
-            try:
-                return self.pool.submit(read_raw, self.source, row, bucket, self.fps).result()
-            except WorkerDied:  # perhaps for another reason; what kills two of them is a bad sample
-                return self.pool.submit(read_raw, self.source, row, bucket, self.fps).result()
-        except WorkerDied as error:
-            return BadSample(self.source.key(row), str(error))
+            raw: Raw = read(self.pool, self.source, row, partial(decode_raw, fps=self.fps), bucket)
+            return raw
         except BadSample as bad:
             return bad
 

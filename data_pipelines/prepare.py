@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,12 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import describe
 from data_pipelines.prepare_config import PrepareConfig
 from data_pipelines.prepare_parts import Part, Tally, make_parts, private_directory, read_part, write_part, write_synced
-from data_pipelines.prepare_pool import Pool
 from data_pipelines.prepare_report import draw_report, make_report
 from data_pipelines.prepare_shards import choose, divide, write_shard
 from data_pipelines.raw_inputs import Inputs, open_inputs
 from data_pipelines.shards import ShardSet
 from data_pipelines.storage import sync_directory
+from data_pipelines.workers import WorkerDied, WorkerPool
 
 PLAN, REPORT, PICTURE = "prepare.json", "report.json", "report.png"
 NOT_IN_RESULT = ("input", "output", "root", "workers", "part", "part_files")
@@ -47,7 +49,7 @@ class _Run:
     work: Path
     machine: int
     machines: int
-    pool: Pool
+    pool: WorkerPool | None  # None: all in this process
     progress: Progress
 
 
@@ -74,7 +76,7 @@ def prepare(config: PrepareConfig, progress: Progress) -> dict[str, Any]:
             for name in ("pieces", "shards"):
                 (work / name).mkdir(parents=True, exist_ok=True)
             if not _is_done(output, plan):  # another machine may have finished and tidied up before `work` was there
-                with Pool(config.workers) as pool:
+                with WorkerPool(config.workers) if config.workers > 1 else nullcontext() as pool:
                     report = _do(_Run(config, inputs, tally, plan, output, work, machine, machines, pool, progress))
                 if not (report["left_to_others"] and _is_done(output, plan)):
                     return report
@@ -159,13 +161,32 @@ def _do(run: _Run) -> dict[str, Any]:
 
     alone = run.config.workers == 1
     jobs = [(part, run.inputs.shards, run.config, run.work, tell if alone else None) for part in open_parts]
-    for number in run.pool.run(write_part, jobs):
+    for number in _each(run.pool, write_part, jobs):
         for source in () if alone else open_parts[number].sources:
             tell(source.name)
     left = len(_missing(run.work / "pieces", parts))
     report = {} if left else _publish(run, parts)
     run.progress(total, total, "")
     return {**report, "already_done": False, "left_to_others": left}
+
+
+def _each(pool: WorkerPool | None, function: Callable[..., object], jobs: Sequence[tuple[Any, ...]]) -> Iterator[int]:
+    """function(*job) for every job; yields their numbers as they are done. The first error ends all.
+
+    Raises `DataError` where a process dies.
+    """
+    if pool is None:
+        for number, job in enumerate(jobs):
+            function(*job)
+            yield number
+        return
+    numbers = {pool.submit(function, *job): number for number, job in enumerate(jobs)}
+    for future in as_completed(numbers):
+        try:
+            future.result()
+        except WorkerDied as error:
+            raise DataError(f"{error} (out of memory?); what is done is kept, run again to go on") from None
+        yield numbers[future]
 
 
 def _missing(pieces: Path, parts: list[Part]) -> list[Part]:
@@ -187,7 +208,7 @@ def _publish(run: _Run, parts: list[Part]) -> dict[str, Any]:
     shards = divide(kept, config.samples_per_shard)
     jobs = [(f"shard-{number:06d}", pieces, places, work) for number, places in enumerate(shards)]
     first = run.machine * len(jobs) // run.machines
-    for _ in run.pool.run(write_shard, jobs[first:] + jobs[:first]):
+    for _ in _each(run.pool, write_shard, jobs[first:] + jobs[:first]):
         pass
     report = make_report(run.inputs.found, kept, tally, len(shards))
     with private_directory(work) as here:

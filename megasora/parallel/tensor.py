@@ -22,16 +22,19 @@ Style = Literal["column", "column_whole", "row", "norm"]
 
 
 class Gather:
-    """[L/tp, D] -> [L, D], once for all layers that are given the same tensor; backward sums and scatters."""
+    """[L/tp, D] -> [L, D], once for the `layers` that are given the same tensor, and let go after the last of them; backward sums
+    and scatters."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
-        self._last: tuple[Tensor, Tensor] | None = None
+        self.mesh, self.layers = mesh, 0
+        self._held: tuple[Tensor, Tensor, int] | None = None  # what came, what it became, how many layers had it
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not x:
-            self._last = x, collectives.all_gather_tensor_autograd(x.contiguous(), 0, self.mesh.get_group())
-        return self._last[1]
+        if self._held is None or self._held[0] is not x:
+            self._held = x, collectives.all_gather_tensor_autograd(x.contiguous(), 0, self.mesh.get_group()), 0
+        _, whole, served = self._held
+        self._held = (x, whole, served + 1) if served + 1 < self.layers else None
+        return whole
 
 
 class ColumnLinear(nn.Module):
@@ -127,7 +130,10 @@ def split_model(model: nn.Module, plan: list[tuple[str, Style]], mesh: DeviceMes
                 if style == "row":
                     new = RowLinear(module, mesh)
                 else:
-                    gather = gathers.setdefault(match[1], Gather(mesh)) if style == "column" else as_it_is
+                    gather: Callable[[Tensor], Tensor] = as_it_is
+                    if style == "column":
+                        gather = shared = gathers.setdefault(match[1], Gather(mesh))
+                        shared.layers += 1
                     new = ColumnLinear(module, mesh, gather)
             setattr(model.get_submodule(parent), last, new)
             break

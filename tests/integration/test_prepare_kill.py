@@ -129,7 +129,7 @@ def kill_at_every_rename(directory: Path) -> str:
     return str(total)
 
 
-def several_at_once(directory: Path) -> None:
+def several_at_once(directory: Path) -> str:
     """Machines that end at the same time, one that is killed and begun again, and one part begun twice."""
     make_input(directory / "in", 5)
     config = PrepareConfig(
@@ -152,6 +152,7 @@ def several_at_once(directory: Path) -> None:
         assert [end(machine) for machine in machines] == [0] * len(machines)
         assert content(directory / f"many-{number}") == whole
         assert [path.name for path in directory.iterdir() if path.name.startswith(".")] == []
+    return str(len(list(directory.glob("many-*"))))
 
 
 def in_a_process_of_its_own(function: str, directory: Path) -> str:
@@ -176,7 +177,7 @@ def test_killed_at_every_rename(tmp_path: Path) -> None:
 
 
 def test_several_machines_at_once(tmp_path: Path) -> None:
-    in_a_process_of_its_own("several_at_once", tmp_path)
+    assert int(in_a_process_of_its_own("several_at_once", tmp_path)) == 9
 
 
 def children(process: int) -> list[int]:

@@ -273,13 +273,13 @@ class DyingPool:
     def __init__(self) -> None:
         self.jobs: list[int] = []
 
-    def submit(self, function: Any, source: ShardSet, row: int, bucket: Bucket, fps: float) -> Future[Any]:
+    def submit(self, function: Any, source: ShardSet, row: int, decode: Any, bucket: Bucket) -> Future[Any]:
         future: Future[Any] = Future()
         self.jobs.append(row)
         if row == 2 or len(self.jobs) == 1:
             future.set_exception(WorkerDied("a worker process died (exit code -11)"))
         else:
-            future.set_result(function(source, row, bucket, fps))
+            future.set_result(function(source, row, decode, bucket))
         return future
 
 
