@@ -31,7 +31,7 @@ class Gather:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._held is None or self._held[0] is not x:
-            self._held = x, collectives.all_gather_tensor_autograd(x.contiguous(), 0, self.mesh.get_group()), 0
+            self._held = x, collectives.all_gather_single_autograd(x.contiguous(), 0, self.mesh.get_group()), 0
         _, whole, served = self._held
         self._held = (x, whole, served + 1) if served + 1 < self.layers else None
         return whole
@@ -62,7 +62,7 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[L, inputs/tp] -> [L/tp, D]."""
         y = F.linear(x, here(self.weight))
-        y = collectives.reduce_scatter_tensor_autograd(y.contiguous(), "sum", 0, self.mesh.get_group())
+        y = collectives.reduce_scatter_single_autograd(y.contiguous(), "sum", 0, self.mesh.get_group())
         return y if self.bias is None else y + self.bias.type_as(y)
 
 

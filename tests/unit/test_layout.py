@@ -58,7 +58,7 @@ MODEL = VideoDiTConfig(width=96, heads=12, ffn=200)
         (replace(MODEL, ffn=202), "tp4", "ffn=202 does not divide by tp4; nearest is dp4"),
         (replace(MODEL, temporal="chunk_causal"), "cp2x2", "no ring; nearest is dp1,cp4x1"),
         (STDiTConfig(), "cp1x4,zero2,dp1", "no ring; nearest is dp1,cp4x1,zero2"),
-        (MMDiTConfig(), "tp2", "model.family=mmdit has no tp in this version; nearest is dp1,cp2x1"),
+        (MMDiTConfig(), "tp8", "4 heads do not divide by tp x Ulysses = 8; nearest is"),
         (ViTConfig(classes=3), "cp2", "model.family=vit keeps whole rows: no cp, no tp; nearest is dp2"),
         (DiTConfig(design="in_context"), "tp2", "model.design=in_context keeps whole rows: no cp, no tp; nearest is dp2"),
     ],
