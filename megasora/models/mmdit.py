@@ -67,6 +67,10 @@ class MMDiTConfig(ModelConfig):
             nearest = max(1, round(self.ffn / self.heads)) * self.heads
             raise ValueError(f"ffn={self.ffn}: each of {self.heads} heads has its share; nearest is {nearest}")
 
+    @property
+    def block_count(self) -> int:
+        return self.depth + self.single_depth
+
 
 OPEN_SORA_2 = MMDiTConfig(
     width=3072,
@@ -146,14 +150,17 @@ class MMSetting(Setting):
 def join(row: PackedRow) -> Joint:
     """Where everything goes, once a row."""
     S = len(row.shapes)
-    texts, videos = (
-        segments.peers if row.wider else (segments.lengths,) for segments in (row.own_caption, row.video)
-    )  # of each piece
+    texts, videos = pieces_of(row, row.own_caption), pieces_of(row, row.video)
     M = max(map(sum, texts))
     text_owner = nn.functional.pad(row.own_caption.index, (0, M - row.own_caption.total), value=S - 1)  # [M]
     owner = torch.cat([text_owner, S + row.runs.index])  # [M + L]
     seen = together(row.attended.own_caption, row.attended.video)
     return Joint(seen, by_sample(texts, videos, owner.device), len(texts), M, owner)
+
+
+def pieces_of(row: PackedRow, segments: Segments) -> Sequence[Lengths]:
+    """The lengths of a row's segments in each piece that attention layers see together."""
+    return segments.peers if row.wider else [segments.lengths]
 
 
 def by_sample(texts: Sequence[Lengths], videos: Sequence[Lengths], device: torch.device) -> Tensor | None:
@@ -341,8 +348,8 @@ class MMDiT(Model[MMSetting]):
         row = setting.row
         return self.head(x[setting.joint.text :], setting.condition[len(row.shapes) :], row.runs.index)
 
-    def carried(self, setting: MMSetting) -> int:
-        return len(setting.joint.owner)
+    def carried(self, row: PackedRow) -> int:
+        return max(map(sum, pieces_of(row, row.own_caption))) + len(row.tokens)
 
     def _embed_text(self, row: PackedRow) -> Tensor:
         if isinstance(self.text_embed, TokenRefiner):
