@@ -109,7 +109,7 @@ class TorchNative:
         if layout.cp > 1:
             model.attention = ContextAttention(model.attention, processes.context)
         if layout.tp > 1:
-            split_model(model, plan, processes.mesh["tp"])
+            split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
         lower = config.precision == "bf16"
         self.fsdp = layout.zero >= 2
@@ -268,7 +268,7 @@ class TorchNative:
     def _autocasting(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def cast(model: Callable[..., Tensor], row: Any) -> Tensor:
             with self._autocast():
-                return loss(model, row)
+                return loss(model, row) * self.processes.share
 
         return cast
 

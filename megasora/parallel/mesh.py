@@ -43,7 +43,14 @@ class Processes:
     def part(self) -> tuple[int, int, int]:
         """Which stretch of a row's tokens is this process's, of how many, and how many its attention layers see together."""
         layout = self.layout
+        if not layout.sequence_parallel:
+            return self.place["cp"], layout.cp, 1
         return self.place["cp"] * layout.tp + self.place["tp"], layout.cp * layout.tp, layout.tp
+
+    @property
+    def share(self) -> float:
+        """Of the loss on its tokens: a tensor group that does not divide the tokens divides the loss."""
+        return 1.0 if self.layout.sequence_parallel else 1.0 / self.layout.tp
 
     @cached_property
     def shards(self) -> DeviceMesh:

@@ -63,19 +63,23 @@ CASES = {
     2: [("video_dit", layout) for layout in ("dp2", "dp2,zero1", "dp2,zero2", "dp2,zero3", "cp2x1", "cp1x2", "dp1,cp2,zero3")]
     + [(family, layout) for family in ("video_dit", "stdit", "dit", "chunks") for layout in ("tp2", "pp2", "cp2x1")]
     + [(family, layout) for family in ("mmdit", "refiner") for layout in ("tp2", "pp2", "cp2x1", "cp1x2")]
-    + [("dit", "cp1x2"), ("video_dit", "tp2,dp1,zero1"), ("deep", "pp2:interleaved"), ("deep", "pp2:gpipe")],
+    + [("dit", "cp1x2"), ("video_dit", "tp2,dp1,zero1"), ("deep", "pp2:interleaved"), ("deep", "pp2:gpipe")]
+    + [("video_dit", "tp2:nosp"), ("refiner", "tp2:nosp")],
     4: [("video_dit", layout) for layout in ("hsdp2x2", "cp2x2", "dp2,cp2,zero3", "tp4", "dp2,tp2,zero1", "dp1,tp2,cp1x2,zero3")]
     + [("deep", layout) for layout in ("pp4", "pp2:interleaved,dp2,zero2", "pp2,tp2", "pp2,dp2,zero3")]
     + [("mmdit", "cp2x2"), ("mmdit", "tp2,cp2"), ("refiner", "tp4"), ("stdit", "tp2,cp2"), ("stdit", "pp2,cp2,dp1,zero1")],
 }  # fmt: skip
 MORE = {
-    2: [("video_dit", "pp2:gpipe"), ("video_dit", "pp2,dp1,zero2"), ("stdit", "dp2,zero1"), ("dit", "dp2,zero1")],
+    2: [("video_dit", "pp2:gpipe"), ("video_dit", "pp2,dp1,zero2"), ("stdit", "dp2,zero1"), ("dit", "dp2,zero1")]
+    + [(family, "tp2:nosp") for family in ("mmdit", "stdit", "dit", "chunks")],
     4: [("video_dit", layout) for layout in ("cp4", "dp2,cp1x2", "dp1,cp1x4,zero2", "dp2,tp2", "dp2,tp2,zero3", "tp2,cp2")]
     + [("video_dit", layout) for layout in ("hsdp2x2,zero1", "dp4,zero1", "dp2,cp2,zero1", "dp2,cp2,zero2", "pp2,dp2,zero1")]
     + [("deep", layout) for layout in ("pp4:gpipe", "pp2,cp2", "pp2:interleaved,tp2", "pp2,cp1x2", "pp2:interleaved,dp2,zero3")]
     + [("mmdit", "dp2,cp2,zero3"), ("mmdit", "pp2,cp2"), ("stdit", "cp4"), ("dit", "dp2,tp2,zero2"), ("dit", "pp2,tp2")]
     + [("mmdit", layout) for layout in ("tp4", "tp2,cp1x2", "dp2,tp2,zero3", "pp2,tp2")]
-    + [("refiner", layout) for layout in ("tp2,cp2", "tp2,cp1x2", "dp2,tp2,zero3")],
+    + [("refiner", layout) for layout in ("tp2,cp2", "tp2,cp1x2", "dp2,tp2,zero3")]
+    + [("video_dit", layout) for layout in ("dp2,tp2:nosp,zero3", "tp2:nosp,cp2", "pp2,tp2:nosp")]
+    + [("mmdit", "tp2:nosp,cp1x2"), ("mmdit", "dp2,tp2:nosp"), ("stdit", "tp4:nosp")],
     8: [("deep", layout) for layout in ("pp2,tp2,dp2", "dp2,cp2,tp2,zero3", "pp2:interleaved,tp2,cp2", "hsdp2x2,tp2")]
     + [("deep", "pp4,dp2,zero1"), ("stdit", "dp2,tp2,cp2,zero1"), ("mmdit", "pp2,cp2,dp2,zero2")],
 }  # fmt: skip

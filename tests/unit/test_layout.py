@@ -38,6 +38,7 @@ def test_layouts(text: str, world: int, meaning: tuple[int, int, int], written: 
     ("text", "written"),
     [
         ("tp2", "dp1,tp2"),
+        ("tp2:nosp,zero2", "dp2,tp2:nosp,zero2"),
         ("cp2", "dp1,cp2x1"),
         ("cp2x3,tp2,zero3,dp4", "dp4,cp2x3,tp2,zero3"),
         ("hsdp2x2,cp4", "hsdp2x2,cp4x1,zero3"),
@@ -80,7 +81,6 @@ def test_layouts_that_fit(text: str) -> None:
         ("dq2", 2),
         ("dp2,dp2", 4),
         ("dp2,hsdp1x2", 4),
-        ("tp2:nosp", 2),
         ("tp2,cp2", 2),
         ("pp2:zbv", 2),
     ],
