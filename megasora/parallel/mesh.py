@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from megasora.parallel.pipeline import Place
 
 LINKS = ("pp_forward_even", "pp_forward_odd", "pp_backward_even", "pp_backward_odd")
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,20 @@ class Processes:
         return Place(self.place["pp"], layout.pp, layout.schedule, (groups[0], groups[1]), (groups[2], groups[3]))
 
     @property
+    def speaks(self) -> bool:
+        """Whether this process is the one of its replica that writes down what all of them have."""
+        return not any(self.place[axis] for axis in ("pp", "cp", "tp"))
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def on_main(group: Processes, mine: dict[int, T]) -> dict[int, T]:
+    """What all processes have, by number, on the main one; the others get nothing."""
+    found: list[dict[int, T]] | None = [mine] * group.world if group.is_main else None
+    dist.gather_object(mine, found)
+    return {number: value for share in found or [] for number, value in share.items()}
 
 
 def world_size() -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,6 +97,13 @@ class AllReduce(torch.autograd.Function):
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
         mesh: DeviceMesh = ctx.mesh  # type: ignore[attr-defined]
         return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", mesh.get_group())), None
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[L/n, ...] -> [L, ...] of all n ranks, as much from each; outside autograd."""
+    whole = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
 
 
 def split(parameter: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
