@@ -104,6 +104,6 @@ def parse_layout(text: str, world: int | None = None) -> Layout:
         )
     if layout.dynamic and (layout.ulysses & (layout.ulysses - 1) or layout.ring & (layout.ring - 1)):
         raise ConfigError(f"parallel.layout={text}: cp:dynamic wants powers of two; valid here: {fitting}")
-    if layout.schedule == "zbv" or not layout.sequence_parallel:
-        raise ConfigError(f"parallel.layout={text}: zbv and nosp are not in this version; valid here: {fitting}")
+    if layout.schedule == "zbv":
+        raise ConfigError(f"parallel.layout={text}: zbv is not in this version; valid here: {fitting}")
     return layout
