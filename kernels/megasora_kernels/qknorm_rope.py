@@ -50,7 +50,7 @@ def qknorm_rope_reference(
         heads = F.rms_norm(whole, weight.shape, weight.to(heads.dtype), eps).view_as(heads)
     if rotation is not None:
         pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))  # [L, N, K/2]
-        heads = torch.view_as_real(pairs * torch.view_as_complex(rotation)[:, None]).flatten(-2)
+        heads = torch.view_as_real(pairs * torch.view_as_complex(rotation.to(heads.dtype))[:, None]).flatten(-2)
     y = heads.to(x.dtype)
     return y if groups == 1 else y.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
 
@@ -280,9 +280,9 @@ def qknorm_rope(
         )
     if weight is not None and weight.shape not in (x.shape[1:], (head_width,)):
         raise ValueError(f"weight must be of shape {[x.shape[1]]} or {[head_width]}, not {[*weight.shape]}")
-    inner = torch.promote_types(x.dtype, torch.float32)
-    if rotation is not None and (rotation.shape != (len(x), head_width // 2, 2) or rotation.dtype != inner):
-        wanted = f"{inner} of shape {[len(x), head_width // 2, 2]}"
+    types = (torch.float32, torch.promote_types(x.dtype, torch.float32))
+    if rotation is not None and (rotation.shape != (len(x), head_width // 2, 2) or rotation.dtype not in types):
+        wanted = f"torch.float32 of shape {[len(x), head_width // 2, 2]}"
         raise ValueError(f"rotation must be {wanted}, not {rotation.dtype} {[*rotation.shape]}")
     if x.is_cuda and x.dtype != torch.float64:
         return qknorm_rope_triton(x, weight, rotation, head_width, eps, groups)

@@ -27,14 +27,10 @@ log = logging.getLogger("megasora")
 
 @dataclass(frozen=True)
 class ChosenAttention:
-    """An `Attention` by one library. `flash` are its kernels for a ring of ranks: torch's where a library has none."""
+    """An `Attention` by one library."""
 
     name: str
     forced: bool
-
-    @property
-    def flash(self) -> Flash:
-        return FLASH.get(self.name, FLASH["sdpa"])
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Segments | Order, keys: Segments | Windows | Order
@@ -55,6 +51,11 @@ class ChosenAttention:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return sdpa_attention(q, k, v, queries, keys)
         return varlen_attention(self.name, q, k, v, queries, keys)
+
+
+def flash_of(attention: Attention) -> Flash:
+    """The kernels of a ring of ranks: the same library's, or torch's where it does not hand out what a ring needs."""
+    return FLASH.get(attention.name if isinstance(attention, ChosenAttention) else "sdpa", FLASH["sdpa"])
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments | Windows) -> Tensor:

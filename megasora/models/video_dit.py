@@ -12,11 +12,13 @@ from typing import Literal
 
 import torch
 from megasora_kernels.gated import gated
+from megasora_kernels.gated_layernorm import gated_layernorm
 from megasora_kernels.layernorm_modulate import layernorm_modulate
+from megasora_kernels.qknorm_rope import rotation_table
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
-from megasora.models.base import Cache, ModelConfig
+from megasora.models.base import Cache, Model, ModelConfig, Setting
 from megasora.models.layers import (
     MLP,
     LayerNorm,
@@ -24,7 +26,6 @@ from megasora.models.layers import (
     TableHead,
     init_linears_and_norms,
     rotary_angles,
-    rotate,
     sincos_embedding,
     timestep_embedding,
 )
@@ -88,20 +89,30 @@ class QKNormAttention(nn.Module):
         context: Tensor,
         queries: Segments,
         keys: Segments | Windows,
-        angles: Tensor | None,
+        rotation: Tensor | None,
         attention: Attention,
         cache: Cache | None = None,
     ) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_width))  # [L, N, K]
-        k = self.norm_k(self.k(context)).unflatten(-1, (-1, self.head_width))  # [M, N, K]
+        q = self.norm_q.by_head(self.q(x), self.head_width, rotation)  # [L, N, K]
+        k = self.norm_k.by_head(self.k(context), self.head_width, rotation)  # [M, N, K]
         v = self.v(context).unflatten(-1, (-1, self.head_width))  # [M, N, K]
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             if self in cache:
                 k, v = (torch.cat([before, now]) for before, now in zip(cache[self], (k, v), strict=True))
             cache[self] = k, v
         return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
+
+
+@dataclass(frozen=True)
+class VideoSetting(Setting):
+    """What the blocks are given."""
+
+    text: Tensor  # [M, D]
+    time: Tensor  # [R, D] fp32
+    modulation: Tensor  # [R, 6, D] fp32, before each block's own table
+    rotation: Tensor  # [L, K/2, 2] fp32
+    seen: tuple[Segments, Segments | Windows]  # the queries of self-attention and the keys that they see
+    cache: Cache | None
 
 
 class Block(nn.Module):
@@ -117,28 +128,21 @@ class Block(nn.Module):
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.zeros(6, D))
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        angles: Tensor,
-        row: PackedRow,
-        seen: tuple[Segments, Segments | Windows],
-        attention: Attention,
-        cache: Cache | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, setting: VideoSetting) -> Tensor:
+        row, attention = setting.row, setting.attention
         run = row.runs.index  # [L]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [R, D]
+        modulation = self.modulation.float() + setting.modulation  # [R, 6, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)  # six [R, D]
         y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
-        y = self.self_attention(y, y, *seen, angles, attention, cache)  # [L, D]
+        y = self.self_attention(y, y, *setting.seen, setting.rotation, attention, setting.cache)  # [L, D]
         x = gated(x, y, gate1, run)
-        x = x + self.cross_attention(self.norm_cross(x), text, row.attended.video, row.caption, None, attention)
-        y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
-        return gated(x, y, gate2, run)
+        y = self.norm_cross(x)  # [L, D]
+        y = self.cross_attention(y, setting.text, row.attended.video, row.caption, None, attention)  # [L, D]
+        x, y = gated_layernorm(x, y, None, scale2, shift2, run, self.eps)  # x + y, and that normed and modulated
+        return gated(x, self.mlp(y), gate2, run)
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(Model[VideoSetting]):
     """Predicts, for every patch of a packed row, what the objective asks for (velocity in rectified flow)."""
 
     def __init__(self, config: VideoDiTConfig) -> None:
@@ -165,24 +169,25 @@ class VideoDiT(nn.Module):
             elif name.startswith("time_embed.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, row: PackedRow, cache: Cache | None = None) -> Tensor:
-        """[L, P] noisy patches -> [L, output_values] prediction.
-
-        With a `cache` (chunk_causal; empty at first) the row is the next stretch of one video, which sees what the cache
-        holds; its own keys and values are added there.
-        """
-        x = self.patch_embed(row.tokens)  # [L, D]
-        if self.config.position == "rope+sincos":
-            x = x + sincos_embedding(self._where(row), self.config.width).type_as(x)
+    def setting(self, row: PackedRow, cache: Cache | None = None) -> VideoSetting:
+        """With a `cache` (chunk_causal; empty at first) the row is the next stretch of one video, which sees what the cache
+        holds; its own keys and values are added there."""
         text = self.text_embed(row.text)  # [M, D]
         with torch.autocast(row.tokens.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(row.timestep))  # [R, D], fp32
             modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
-            angles = rotary_angles(row.attended.grid, self.config.head_width)  # [L, K/2], fp32
+            rotation = rotation_table(rotary_angles(row.attended.grid, self.config.head_width))  # [L, K/2, 2], fp32
         seen = self._seen(row.attended, cache)
-        for block in self.blocks:
-            x = block(x, text, modulation, angles, row, seen, self.attention, cache)  # [L, D]
-        return self.head(x, time, row.runs.index)  # [L, output_values]
+        return VideoSetting(row, self.attention, text, time, modulation, rotation, seen, cache)
+
+    def enter(self, setting: VideoSetting) -> Tensor:
+        x = self.patch_embed(setting.row.tokens)  # [L, D]
+        if self.config.position == "rope+sincos":
+            x = x + sincos_embedding(self._where(setting.row), self.config.width).type_as(x)
+        return x
+
+    def leave(self, x: Tensor, setting: VideoSetting) -> Tensor:
+        return self.head(x, setting.time, setting.row.runs.index)  # [L, output_values]
 
     def _where(self, row: PackedRow) -> Tensor:
         """[L, 3] coordinates for sincos. A chunk-causal video has no end: there only row and column are absolute."""

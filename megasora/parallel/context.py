@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from megasora.models.attention import ChosenAttention
+from megasora.models.attention import Attention, flash_of
 from megasora.models.packing import Order, Segments, Windows, stretch
 from megasora.parallel.ring import ring_attention
 
@@ -36,7 +36,7 @@ class Context:
 class ContextAttention:
     """Stands where a model's attention function was. Rows that were not cut go to that function as before."""
 
-    def __init__(self, attention: ChosenAttention, context: Context) -> None:
+    def __init__(self, attention: Attention, context: Context) -> None:
         self.attention, self.context = attention, context
 
     def __call__(
@@ -77,7 +77,7 @@ class ContextAttention:
             whole = Segments(held[0], qkv.device)
             y = self.attention(q, k, v, whole, whole)
         else:
-            y = ring_attention(q, k, v, held, self.context.ring, self.attention.flash)
+            y = ring_attention(q, k, v, held, self.context.ring, flash_of(self.attention))
         return y if order is None else y.index_select(0, order[1].to(y.device))
 
 

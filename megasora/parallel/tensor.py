@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
+from megasora_kernels.qknorm_rope import qknorm_rope
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -80,6 +81,10 @@ class SplitRMSNorm(nn.Module):
         squares = y.square().sum(-1, keepdim=True)  # [L, 1]
         mean = AllReduce.apply(squares, self.mesh) / self.width  # [L, 1]
         return (y * torch.rsqrt(mean + self.eps) * here(self.weight).float()).type_as(x)
+
+    def by_head(self, x: Tensor, head_width: int, rotation: Tensor | None) -> Tensor:
+        """[L, D/tp] -> [L, N/tp, K], as of an RMSNorm."""
+        return qknorm_rope(self(x), None, rotation, head_width)
 
 
 class AllReduce(torch.autograd.Function):

@@ -160,7 +160,7 @@ def test_a_gate_that_does_not_fit_is_refused(change: dict[str, Any], message: st
         ({"groups": 3}, "not 3 groups of heads of 6"),
         ({"weight": torch.zeros(5)}, r"shape \[24\] or \[6\], not \[5\]"),
         ({"rotation": torch.zeros(5, 4, 2)}, r"of shape \[5, 3, 2\]"),
-        ({"rotation": torch.zeros(5, 3, 2).double()}, r"must be torch\.float32"),
+        ({"rotation": torch.zeros(5, 3, 2).bfloat16()}, r"must be torch\.float32"),
     ],
 )
 def test_a_rotation_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
