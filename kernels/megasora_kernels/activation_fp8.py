@@ -68,16 +68,10 @@ def activation_fp8_backward_reference(
 
 
 @jit
-def _tanh(x: tl.tensor) -> tl.tensor:
-    """1 - 2 / (exp(2x) + 1), which is right at both ends."""
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@jit
 def _activate(x: tl.tensor, up: tl.tensor, swiglu: tl.constexpr) -> tl.tensor:
     if swiglu:
         return x * tl.sigmoid(x) * up
-    return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u)) / 2 = sigmoid(2u)
 
 
 @jit
@@ -147,13 +141,13 @@ def _backward_kernel(
         gate = _load(h, bias, row, of_a, inside, half, columns)
         up = _load(h + half, bias + half, row, of_a, inside, half, columns)
         sigmoid = tl.sigmoid(gate)
-        slope = tl.where(second, gate * sigmoid, up * sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+        slope = tl.where(second, gate * sigmoid, up * sigmoid * (1.0 + gate * tl.sigmoid(-gate)))
     else:
         of_a = column
         x = _load(h, bias, row, column, inside, columns, columns)
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        tanh = _tanh(inner)
-        slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        sigmoid = tl.sigmoid(inner)
+        slope = sigmoid + x * sigmoid * tl.sigmoid(-inner) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     grad = tl.load(da + row[:, None] * half + of_a[None, :], mask=inside, other=0.0).to(tl.float32)
     value = tl.where(inside, grad * slope, 0.0)
     tl.store(parts + tl.program_id(0) * columns + column, tl.sum(value, 0), mask=column < columns)
@@ -192,7 +186,7 @@ def _(h: Tensor, bias: Tensor, activation: str) -> list[Tensor]:
 
 @_backward.register_fake
 def _(da: Tensor, h: Tensor, bias: Tensor, activation: str) -> list[Tensor]:
-    return [*empty_results(h, *h.shape, "row", E4M3, True), h.new_empty(h.shape[1], dtype=torch.float32)]
+    return [*empty_results(h, h.shape[0], h.shape[1], "row", E4M3, True), h.new_empty(h.shape[1], dtype=torch.float32)]
 
 
 def activation_fp8_triton(h: Tensor, bias: Tensor, activation: Activation) -> Both:

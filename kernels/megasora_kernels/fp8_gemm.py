@@ -34,8 +34,8 @@ TILES = ((128, 8, 3), (128, 8, 4), (64, 4, 4))  # rows, warps, stages
 
 def fp8_gemm_reference(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
     """What the kernel computes, in plain torch: the products of the dequantised matrices in fp32."""
-    scaling = "row" if len(b.scale) == len(b.data) else "tile"
-    return (dequantise(a, "row") @ dequantise(b, scaling).T).to(dtype)
+    right = dequantise(b, "row" if len(b.scale) == len(b.data) else "tile")
+    return (dequantise(a, "row") @ right.T).to(dtype)
 
 
 def _set_block(arguments: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ def quantise_reference(x: Tensor, scaling: Scaling, dtype: torch.dtype = torch.f
     padded = F.pad(x.float(), (0, -N % columns, 0, -M % rows))
     groups = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [groups, rows, groups, columns]
     amax = groups.abs().amax((1, 3), keepdim=True).clamp(min=TINY)
-    data = (groups * (largest / amax)).clamp(-largest, largest).to(dtype)
+    factor = torch.full_like(amax, largest) / amax  # `largest / amax` would be a reciprocal, rounded twice
+    data = (groups * factor).clamp(-largest, largest).to(dtype)
     scale = (amax / largest).squeeze((1, 3))
     return Quantised(
         data.flatten(2).flatten(0, 1)[:M, :N].contiguous(), scale.reshape(()) if scaling == "tensor" else scale

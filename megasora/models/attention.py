@@ -123,7 +123,7 @@ def choose(name: str, capability: int | None) -> tuple[str, str]:
         return name, "as the config says"
     if capability is None:
         return "sdpa", "torch's flash attention for CPUs"
-    passed = []
+    passed: list[str] = []
     for candidate in PREFERRED:
         reason = why_not(candidate, capability)
         if not reason:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from megasora.models.layers import RMSNorm
 
 Style = Literal["column", "column_whole", "row", "norm"]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # F.linear, or another that stands for it
 
 
 class Gather:
@@ -44,12 +45,13 @@ class ColumnLinear(nn.Module):
     def __init__(self, whole: nn.Linear, mesh: DeviceMesh, gather: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.gather = gather
+        self.product: Product = F.linear
         self.weight = split(whole.weight, mesh, 0)
         self.bias = split(whole.bias, mesh, 0) if whole.bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[L/tp, D] -> [L, outputs/tp]."""
-        return F.linear(self.gather(x), here(self.weight), None if self.bias is None else here(self.bias))
+        return self.product(self.gather(x), here(self.weight), None if self.bias is None else here(self.bias))
 
 
 class RowLinear(nn.Module):
@@ -58,11 +60,12 @@ class RowLinear(nn.Module):
     def __init__(self, whole: nn.Linear, mesh: DeviceMesh) -> None:
         super().__init__()
         self.mesh = mesh
+        self.product: Product = F.linear
         self.weight, self.bias = split(whole.weight, mesh, 1), whole.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[L, inputs/tp] -> [L/tp, D]."""
-        y = F.linear(x, here(self.weight))
+        y = self.product(x, here(self.weight), None)
         y = collectives.reduce_scatter_tensor_autograd(y.contiguous(), "sum", 0, self.mesh.get_group())
         return y if self.bias is None else y + self.bias.type_as(y)
 
