@@ -16,8 +16,8 @@ PARTS = {
     "checkpoint": "#4c7be9",
     "evaluate": "#8e6bd1",  # losses and samples for people
     "start_up": "#9aa5b1",  # from the start of the process to its first step
-    "lost": "#d1495b",  # steps that a later attempt did again, and what was not finished or written down when it died
-    "restart": "#5b6470",  # from the end of an attempt to the start of the next process: the queue
+    "lost": "#d1495b",  # steps that a later attempt did again
+    "restart": "#5b6470",  # from the last word of an attempt to the start of the next process: dying, the queue
     "other": "#c8cdd3",
 }
 

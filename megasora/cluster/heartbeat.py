@@ -98,7 +98,7 @@ def heartbeat(rank: int) -> Iterator[Heartbeat]:
 def waiting_in() -> tuple[str, int]:
     """The first collective that this process has begun and not ended, such as "all_reduce of 7 in default_pg", and its number."""
     recorder = "_dump_nccl_trace_json" if torch.cuda.is_available() else "_dump_fr_trace_json"
-    dump = getattr(torch._C._distributed_c10d, recorder)  # type: ignore[attr-defined]
+    dump = getattr(torch._C._distributed_c10d, recorder)
     entries = json.loads(dump(True, True)).get("entries", [])  # collectives, only those that have not ended
     waiting = [entry for entry in entries if not entry["retired"]]
     if not waiting:
