@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -135,12 +136,13 @@ def verdict(beats: list[Beat]) -> tuple[Beat | None, str]:
     """Which rank holds up the others, and a line that says why; None if none stands out.
 
     A process that does not run; else one that waits in no collective while others do; else one that waits in an earlier
-    collective, or in another one, than the others.
+    collective than the others, or alone in another one.
     """
     for beat in sorted(beats, key=lambda beat: -beat.silent):
         if beat.stopped or beat.silent > 5 * INTERVAL:
             return beat, f"{_who(beat)} {'is stopped' if beat.stopped else 'gives no sign of life'} {_where(beat)}"
-    order = sorted(beats, key=lambda beat: (beat.step, beat.collective != "", beat.number, -beat.idle))
+    alike = Counter(beat.collective for beat in beats)
+    order = sorted(beats, key=lambda b: (b.step, b.collective != "", b.number, alike[b.collective], -b.idle))
     first, last = order[0], order[-1]
     behind = f"; {_who(last)} waits for it in {last.collective}" if last.collective else ""
     if not first.collective and (last.collective or len(beats) == 1 or first.step < last.step):

@@ -112,7 +112,9 @@ def _settings(job: Job) -> list[str]:
 
 
 def _words(*words: object) -> str:
-    return " ".join(shlex.quote(str(word)) for word in words)
+    """Quoted for the shell; also where only a reader, or shellcheck, could take a comma for one between the words."""
+    quoted = [shlex.quote(str(word)) for word in words]
+    return " ".join(f"'{word}'" if "," in word and word[0] != "'" else word for word in quoted)
 
 
 def _word(option: str, value: str) -> str:
