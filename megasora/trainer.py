@@ -19,6 +19,7 @@ from megasora.build import build_engine, build_recipe, check_fit, open_run_direc
 from megasora.checkpoint.save import prune, save
 from megasora.cluster.heartbeat import Heartbeat, heartbeat
 from megasora.cluster.signals import StopRequest, stop_on_signal
+from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
 from megasora.engines.optim import learning_rate
 from megasora.errors import StoppedEarly
@@ -69,6 +70,7 @@ class Trainer:
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
             save_digests(self.run_dir, self.data)
         self.peak_flops = device_peak(group.device, config.precision.precision)
+        self.own_times, self.own_wait, self.forward_s = StepTimes(group.world), 0.0, 0.0
         self.bad_samples = self.skipped = 0
         self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
@@ -111,6 +113,9 @@ class Trainer:
             loss, grad_norm = self.train_step(batch, recipe, lr)
             self.step += 1
             self.record(stage, batch, loss, grad_norm, lr, time.perf_counter() - begin, data_wait)
+            for slow in self.own_times.add(self.own_wait, self.forward_s):
+                self.event("slow_rank", step=self.step, **vars(slow))
+                log.warning("slow: %s", slow)
 
             if stopping and self.too_late():
                 raise StoppedEarly(f"{self.stop.signal}: stopped after step {self.step}, with no time left to save it")
@@ -128,7 +133,8 @@ class Trainer:
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
         rows = build_rows(batch, recipe)
-        loss = self.engine.forward_backward(rows, training_loss(recipe)).item()
+        judge = FirstCall(training_loss(recipe), self.group.device)
+        loss = self.engine.forward_backward(rows, judge).item()
         grad_norm = self.engine.clip().item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.engine.update(lr)
@@ -143,16 +149,18 @@ class Trainer:
                     f"{self.config.data.path}: {MAX_SKIPPED} steps in a row without a finite loss; see {EVENTS}"
                 )
         synchronize(self.group.device)
+        self.forward_s = judge.seconds() if self.group.layout.pp == 1 else 0.0  # stages wait for each other
         return loss, grad_norm
 
     def next_batch(self, batches: Iterator[StepBatch], segment: int) -> tuple[StepBatch, bool]:
         """The next batch and whether to stop after it: both agreed by all ranks, replaced samples logged before use."""
-        failure, batch = "", None
+        failure, batch, begin = "", None, time.perf_counter()
         try:
             batch = next(batches)
         except DataError as error:
             failure = str(error)
         replaced: list[Replacement] = batch.replacements if batch else []
+        self.own_wait = time.perf_counter() - begin
         self.beat.enter(self.step + 1, "agree", " ".join(batch.buckets) if batch else "")
         flags = torch.tensor([bool(self.stop), bool(failure), len(replaced)], device=self.group.device)
         dist.all_reduce(flags)
