@@ -169,7 +169,7 @@ class Agent(LocalElasticAgent):
         if not self.stall or self.failed_at is not None:
             return
         self.beats = read_beats(Path(self.heartbeats.name), socket.gethostname())
-        if not (any(beat.idle > self.stall for beat in self.beats) or self.board.stall_told()):
+        if not (any(beat.is_stalled(self.stall) for beat in self.beats) or self.board.stall_told()):
             return
         self.stalled = True
         self.failed_at = time.monotonic() - SETTLE  # no patience with the workers

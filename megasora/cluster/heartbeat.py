@@ -23,6 +23,7 @@ DIRECTORY = "MEGASORA_HEARTBEATS"  # environment: where the launcher looks; with
 RECORDER = "TORCH_FR_BUFFER_SIZE"  # environment: how many collectives torch remembers; 0, the default: none
 INTERVAL = 1.0  # seconds
 LASTING = 3.0  # seconds in a phase, before the flight recorder is asked
+PATIENCE = {"start": 4, "save": 4, "evaluate": 4, "show": 10}  # phases that may last so many times as long as others
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Beat:
     stopped: bool  # by SIGSTOP or a debugger
     idle: float
     silent: float
+
+    def is_stalled(self, seconds: float) -> bool:
+        return self.silent > seconds or self.idle > seconds * PATIENCE.get(self.phase, 1)
 
 
 class Heartbeat:

@@ -131,6 +131,23 @@ def test_a_stopped_rank_is_named_and_the_job_restarted(
     assert identical(run) == identical(four)
 
 
+def test_a_sick_node_is_named_and_left_out(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
+    run = road.directory / "sick"
+    doctor = """--doctor=--site 'test "$SLURMD_NODENAME" != n1'"""
+    job = launch("train", f"--run.dir={run}", "--run.steps=2", doctor, nodes=2, nproc=1)
+    ended = cluster.wait(job, timeout=200)
+    assert ended["JobState"] == "COMPLETED", output(run)
+    assert (ended["Restarts"], ended["NodeList"], ended["ExcNodeList"]) == ("1", "n[2-3]", "n1")
+    assert "not fit: n1;" in output(run)
+    assert "back into the queue, without n1" in output(run)
+    reports = run / "launch" / "0000" / "doctor"
+    assert sorted(path.name for path in (reports / f"{job}-0").glob("*.fit")) == ["n2.fit"]
+    assert sorted(path.name for path in (reports / f"{job}-1").glob("*.fit")) == ["n2.fit", "n3.fit"]
+    checks = {check["check"]: check for check in json.loads((reports / f"{job}-1" / "n3.json").read_text())["checks"]}
+    assert checks["links"]["ok"] is True
+    assert [m["step"] for m in history(run)] == [1, 2]
+
+
 @pytest.mark.long
 def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[..., str], four: Path) -> None:
     run = road.directory / "dead"

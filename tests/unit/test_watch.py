@@ -57,6 +57,14 @@ def test_no_rank_is_named_when_all_wait_alike() -> None:
     assert "all_reduce of 8 in dp, number 40" in why
 
 
+def test_a_phase_that_takes_long_is_no_stall() -> None:
+    assert not replace(BEAT, idle=29.0).is_stalled(30)
+    assert replace(BEAT, idle=31.0).is_stalled(30)
+    assert not replace(BEAT, idle=110.0, phase="save").is_stalled(30)
+    assert replace(BEAT, idle=130.0, phase="save").is_stalled(30)
+    assert replace(BEAT, idle=31.0, silent=31.0, phase="save").is_stalled(30)  # it does not even tick
+
+
 def test_heartbeats_tell_a_stopped_process_from_a_waiting_one(tmp_path: Path) -> None:
     code = (
         "import sys, time; from megasora.cluster.heartbeat import Heartbeat; beat = Heartbeat(int(sys.argv[1]));"
