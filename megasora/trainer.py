@@ -18,6 +18,7 @@ from data_pipelines.loader import Replacement, StepBatch
 from megasora.build import build_engine, build_recipe, check_fit, open_run_directory
 from megasora.checkpoint.save import prune, save
 from megasora.cluster.heartbeat import Heartbeat, heartbeat
+from megasora.cluster.origin import origin
 from megasora.cluster.signals import StopRequest, stop_on_signal
 from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
@@ -76,7 +77,7 @@ class Trainer:
         self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
-                   fingerprint=self.data.fingerprint, torch=torch.__version__)  # fmt: skip
+                   fingerprint=self.data.fingerprint, torch=torch.__version__, **origin())  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
                  self.step, f"{parameter_count(config.model):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip

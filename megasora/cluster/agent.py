@@ -212,12 +212,7 @@ class Agent(LocalElasticAgent):
             self._report_stall()
         if self.crew.stopping or (root is not None and root.code in (*VERDICTS, STOPPED_EARLY)):
             self._remaining_restarts = 0  # a restart would mend nothing
-        error = Path(self.heartbeats.name) / f"{root.rank}.error" if root else None
-        if (
-            root in self.endings
-            and root is not None
-            and (root.code not in TOLD_BY_WORKER or (error and error.exists()))
-        ):
+        if root is not None and root in self.endings and (root.code not in TOLD_BY_WORKER or self._error_of(root)):
             sys.stderr.write(f"megasora: {self._obituary(root)}\n")  # in one piece: the workers write there too
 
     def _report_stall(self) -> None:
@@ -240,12 +235,16 @@ class Agent(LocalElasticAgent):
         end = f"ended with exit code {ending.code}"
         if ending.code < 0:
             end = f"was killed by signal {-ending.code} ({signal.Signals(-ending.code).name})"
-        error = Path(self.heartbeats.name) / f"{ending.rank}.error"
-        if error.exists():
-            end += f", {json.loads(error.read_text())['message']['message']}"
+        if error := self._error_of(ending):
+            end += f", {error}"
         log = self.log_dir / f"rank-{ending.rank:05d}.log" if self.log_dir else None
         where = f"; its log is {log}" if log and log.exists() else ""
         return f"rank {ending.rank} (process {ending.pid} on {socket.gethostname()}) {end}{where}"
+
+    def _error_of(self, ending: Ending) -> str:
+        """What the worker has left in its error file; empty if it has left none."""
+        file = Path(self.heartbeats.name) / f"{ending.rank}.error"
+        return str(json.loads(file.read_text())["message"]["message"]) if file.exists() else ""
 
 
 class _InheritedOutput(LogsSpecs):
@@ -256,6 +255,8 @@ class _InheritedOutput(LogsSpecs):
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         console = dict.fromkeys(envs, "")
         files = {local_rank: f"{self.errors}/{env['RANK']}.error" for local_rank, env in envs.items()}
+        for local_rank, env in envs.items():
+            env["TORCHELASTIC_ERROR_FILE"] = files[local_rank]
         return LogsDest(stdouts=console, stderrs=console, error_files=files)
 
     @property

@@ -37,6 +37,10 @@ if what == "exit":  # after so many seconds, with so many codes, one for each at
     time.sleep(float(details[0]))
     sys.stderr.write(f"worker {rank} has spoken\\n")  # in one piece, unlike print
     sys.exit(int(details[1:][attempt]))
+if what == "bug":
+    from megasora import cli
+    cli.run_verb = lambda argv: {}["weight"]
+    cli.main(["train"])
 if what == "sleep":
     child = subprocess.Popen(["sleep", "600"])
     note("child", child.pid)
@@ -222,6 +226,16 @@ def test_a_killed_worker_is_named(notes: Path) -> None:
     (line,) = err.splitlines()
     assert line.startswith(f"megasora: rank 1 (process {pid} on ")
     assert line.endswith(f"was killed by signal 9 (SIGKILL); its log is {log}")
+
+
+def test_the_error_of_any_rank_is_named_at_the_end(notes: Path) -> None:
+    launcher = _start([_case(notes, "sleep", "bug")])
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    pid = (notes / "pid.1").read_text()
+    last = err.splitlines()[-1]
+    assert last.startswith(f"megasora: rank 1 (process {pid} on ")
+    assert last.endswith("ended with exit code 1, KeyError: 'weight'")
 
 
 def test_usr1_while_the_workers_still_start(notes: Path) -> None:

@@ -58,6 +58,14 @@ def four(road: Road) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def two(road: Road) -> Path:
+    """The same on two."""
+    run = road.directory / "two"
+    road.run("train", f"--run.dir={run}", nproc=2)
+    return run
+
+
 def output(run: Path) -> str:
     return "\n".join(path.read_text() for path in sorted((run / "logs").glob("slurm-*.out")))
 
@@ -85,10 +93,10 @@ def test_two_nodes_train_as_one_machine_does(
 
 
 def test_preempted_requeued_and_resumed_is_identical(
-    road: Road, cluster: Cluster, launch: Callable[..., str], four: Path
+    road: Road, cluster: Cluster, launch: Callable[..., str], two: Path
 ) -> None:
     run = road.directory / "preempted"
-    job = launch("train", f"--run.dir={run}", nodes=2)
+    job = launch("train", f"--run.dir={run}", nodes=2, nproc=1)
     wait_for_step(cluster, job, run, 13)
     cluster.command("scancel", "--signal=USR1", "--batch", job)
     ended = cluster.wait(job)
@@ -98,37 +106,37 @@ def test_preempted_requeued_and_resumed_is_identical(
     first, second = starts(run)
     assert (first["step"], first["slurm_restarts"], second["slurm_restarts"]) == (0, 0, 1)
     assert 13 <= second["step"] < 20
-    assert identical(run) == identical(four)
+    assert identical(run) == identical(two)
     attempts = [line["attempt"] for line in read_lines(run / "metrics.jsonl")]
     assert len(attempts) == 40  # nothing was done twice
 
 
 def test_a_stopped_rank_is_named_and_the_job_restarted(
-    road: Road, cluster: Cluster, launch: Callable[..., str], four: Path
+    road: Road, cluster: Cluster, launch: Callable[..., str], two: Path
 ) -> None:
     run = road.directory / "stopped"
-    job = launch("train", f"--run.dir={run}", "--stall", "15", nodes=2)
+    job = launch("train", f"--run.dir={run}", "--stall", "12", nodes=2, nproc=1)
     wait_for_step(cluster, job, run, 12)
-    victim = worker(run, rank=3)
+    victim = worker(run, rank=1)
     os.kill(victim, signal.SIGSTOP)
     stopped = time.monotonic()
     while "no progress" not in output(run):
         assert time.monotonic() < stopped + 60, output(run)
         time.sleep(0.1)
-    assert time.monotonic() - stopped < 15 + 10
+    assert time.monotonic() - stopped < 12 + 10
     ended = cluster.wait(job)
     assert ended["JobState"] == "COMPLETED", output(run)
     assert ended["Restarts"] == "0"  # within the job
     (line,) = (line for line in output(run).splitlines() if "no progress" in line)
-    assert f"rank 3 (process {victim} on " in line
+    assert f"rank 1 (process {victim} on " in line
     assert "is stopped in phase " in line
     assert not Path(f"/proc/{victim}").exists()
     (report,) = (run / "logs").glob("stall-*.json")
     beats = json.loads(report.read_text())
-    assert [(beat["rank"], beat["stopped"]) for beat in beats] == [(0, False), (1, False), (2, False), (3, True)]
-    assert all(beat["collective"] for beat in beats[:3])  # they waited in one, by torch's flight recorder
+    assert [(beat["rank"], beat["stopped"]) for beat in beats] == [(0, False), (1, True)]
+    assert beats[0]["collective"]  # it waited in one, by torch's flight recorder
     assert "in train_step" in (run / "logs" / "rank-00000.stacks").read_text() or beats[0]["phase"] != "train"
-    assert identical(run) == identical(four)
+    assert identical(run) == identical(two)
 
 
 def test_a_sick_node_is_named_and_left_out(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
@@ -149,9 +157,9 @@ def test_a_sick_node_is_named_and_left_out(road: Road, cluster: Cluster, launch:
 
 
 @pytest.mark.long
-def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[..., str], four: Path) -> None:
+def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[..., str], two: Path) -> None:
     run = road.directory / "dead"
-    job = launch("train", f"--run.dir={run}", "--checkpoint.every=5", nodes=2)
+    job = launch("train", f"--run.dir={run}", "--checkpoint.every=5", nodes=2, nproc=1)
     wait_for_step(cluster, job, run, 12)
     lost = "n1"  # the one with the batch script, which lives on, as do its workers
     cluster.kill_node(lost)
@@ -160,7 +168,7 @@ def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[
         assert ended["JobState"] == "COMPLETED", output(run)
         assert ended["Restarts"] == "1"
         assert lost not in cluster.command("scontrol", "show", "hostnames", ended["NodeList"]).split()
-        assert identical(run) == identical(four)
+        assert identical(run) == identical(two)
     finally:
         for process in processes_of(job):
             os.kill(process, signal.SIGKILL)
@@ -202,6 +210,7 @@ def test_the_time_limit_saves_and_requeues(road: Road, cluster: Cluster, launch:
     assert second["time"] - first["time"] < 150
 
 
+@pytest.mark.long
 def test_a_sweep_is_an_array_of_runs(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
     run = road.directory / "sweep"
     job = launch("train", f"--run.dir={run}", "--run.steps=2", "--sweep", "run.seed=3;4", nproc=1)
@@ -212,15 +221,15 @@ def test_a_sweep_is_an_array_of_runs(road: Road, cluster: Cluster, launch: Calla
     assert history(run / "0000")[0]["loss"] != history(run / "0001")[0]["loss"]
 
 
+@pytest.mark.long
 def test_encoded_by_an_array_then_trained_on(
     road: Road, cluster: Cluster, launch: Callable[..., str], straight: Path
 ) -> None:
     latents, run = road.directory / "latents-array", road.directory / "chained"
     encoded = launch("encode", f"--encode.output={latents}", f"--run.dir={run}", "--array", "2", nproc=1)
     job = launch("train", f"--data.path={latents}", f"--run.dir={run}", "--after", encoded, nproc=1)
-    assert cluster.job(job)["JobState"] == "PENDING"
-    assert f"afterok:{encoded}" in cluster.job(job)["Dependency"]
     assert cluster.wait(job)["JobState"] == "COMPLETED", output(run)
+    assert cluster.job(encoded)["EndTime"] <= cluster.job(job)["StartTime"]
     ours, theirs = (sorted((road.directory / name).glob("*.tar")) for name in ("latents-array", "latents"))
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
     assert identical(run) == identical(straight)
