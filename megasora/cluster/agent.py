@@ -103,6 +103,12 @@ class Agent(LocalElasticAgent):
             return 0
         return self.root.exit_code if self.root else 1
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # torch 2.13 keeps one store for all restarts, where new workers would find the addresses of dead ones.
+        handler: Any = worker_group.spec.rdzv_handler
+        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+        super()._rendezvous(worker_group)
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.endings: list[Ending] = []
         self.failed_at: float | None = None  # monotonic: when a failure, here or elsewhere, was first seen

@@ -53,6 +53,14 @@ if what == "collective":  # the one with a code leaves; the other waits for it
         sys.exit(int(details[0]))
     note("waiting")
     dist.all_reduce(torch.ones(1))
+if what == "again":  # they meet; one dies; they meet again
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if attempt == 0 and rank == 1:
+        os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
 if what == "train":  # stops at a signal, slowly
     time.sleep(float(details[0]))
     stop = []
@@ -114,7 +122,7 @@ def _runs(pid: int) -> bool:
 
 def _case(notes: Path, *what: str, **options: Any) -> dict[str, Any]:
     # Without site-packages Python starts in a tenth of the time; only one of the workers needs torch.
-    flags = "-c" if "collective" in what else "-Sc"
+    flags = "-c" if {"collective", "again"} & set(what) else "-Sc"
     return {"command": [sys.executable, flags, WORKER, str(notes), *what], "nproc": len(what), **options}
 
 
@@ -196,6 +204,13 @@ def test_restarts_are_for_what_they_can_mend(notes: Path) -> None:
     assert (mended / "attempt1.1").exists()
     assert not (mended / "attempt2.1").exists()
     assert not (hopeless / "attempt1.0").exists()
+
+
+def test_restarted_workers_meet_again(notes: Path) -> None:
+    launcher = _start([_case(notes, "again", "again", max_restarts=1)])
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, err
+    assert (notes / "attempt1.1").exists()
 
 
 def test_arguments_arrive_as_they_are(notes: Path) -> None:

@@ -127,6 +127,7 @@ def test_a_stopped_rank_is_named_and_the_job_restarted(
     ended = cluster.wait(job)
     assert ended["JobState"] == "COMPLETED", output(run)
     assert ended["Restarts"] == "0"  # within the job
+    assert [start["restarts"] for start in starts(run)] == [0, 1]
     (line,) = (line for line in output(run).splitlines() if "no progress" in line)
     assert f"rank 1 (process {victim} on " in line
     assert "is stopped in phase " in line
