@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megasora.cluster.goodput import goodput
 from megasora.observe.metrics import history, read_lines
 from tests.integration.conftest import Road, environment, identical
 from tests.slurm import Cluster, unavailable
@@ -109,6 +110,11 @@ def test_preempted_requeued_and_resumed_is_identical(
     assert identical(run) == identical(two)
     attempts = [line["attempt"] for line in read_lines(run / "metrics.jsonl")]
     assert len(attempts) == 40  # nothing was done twice
+    spent = goodput(run)
+    assert sum(spent["seconds"].values()) == pytest.approx(spent["wall_s"], abs=0.5)
+    assert spent["seconds"]["restart"] > 1  # the queue
+    assert spent["seconds"]["lost"] == 0
+    assert [attempt["job"] for attempt in spent["attempts"]] == [job, job]
 
 
 def test_a_stopped_rank_is_named_and_the_job_restarted(

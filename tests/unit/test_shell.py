@@ -64,6 +64,17 @@ def test_local_passes_arguments_and_the_exit_code(tmp_path: Path) -> None:
     assert len(usage.stderr.splitlines()) == 1
 
 
+def test_the_prolog_fails_on_a_node_that_is_not_fit(tmp_path: Path) -> None:
+    settings = tmp_path / "prolog"
+    environment = os.environ | {"MEGASORA_PROLOG": str(settings), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    for cpus, code in (("1", 0), ("100000", 1)):
+        settings.write_text(f"PYTHON='{sys.executable}'\nDOCTOR=(--cpus {cpus})\n")
+        done = subprocess.run([LAUNCH / "prolog.sh"], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ""
+        assert ("megasora: not fit: " in done.stderr) == (code == 1)
+
+
 # Stand-ins for SLURM's commands. The real ones are the business of the integration tests.
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
