@@ -164,18 +164,24 @@ def test_a_sick_node_is_named_and_left_out(road: Road, cluster: Cluster, launch:
 
 
 @pytest.mark.long
-def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[..., str], two: Path) -> None:
-    run = road.directory / "dead"
-    job = launch("train", f"--run.dir={run}", "--checkpoint.every=5", nodes=2, nproc=1)
+@pytest.mark.timeout(900)
+def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
+    whole, run = road.directory / "undisturbed", road.directory / "dead"
+    steps = ("--run.steps=250", "--checkpoint.every=20", "--observe.every=50")  # SLURM sees the death after some 25 s
+    road.run("train", f"--run.dir={whole}", *steps, nproc=2)
+    job = launch("train", f"--run.dir={run}", *steps, nodes=2, nproc=1)
     wait_for_step(cluster, job, run, 12)
     lost = "n1"  # the one with the batch script, which lives on, as do its workers
     cluster.kill_node(lost)
     try:
-        ended = cluster.wait(job, timeout=200)
+        ended = cluster.wait(job, timeout=500)
         assert ended["JobState"] == "COMPLETED", output(run)
         assert ended["Restarts"] == "1"
         assert lost not in cluster.command("scontrol", "show", "hostnames", ended["NodeList"]).split()
-        assert identical(run) == identical(two)
+        first, second = starts(run)
+        assert (first["step"], first["slurm_restarts"], second["slurm_restarts"]) == (0, 0, 1)
+        assert second["step"] < 250
+        assert identical(run) == identical(whole)
     finally:
         for process in processes_of(job):
             os.kill(process, signal.SIGKILL)
