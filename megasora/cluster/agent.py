@@ -7,7 +7,6 @@ first, waits a moment for the workers that fail of the same cause, and only then
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from data_pipelines.errors import DataError
 from megasora.cluster.heartbeat import DIRECTORY, RECORDER, Beat, as_json, read_beats, verdict
+from megasora.cluster.origin import node_name
 from megasora.cluster.signals import catches
 from megasora.errors import CheckpointError, ConfigError, StoppedEarly
 
@@ -174,7 +174,7 @@ class Agent(LocalElasticAgent):
         """If a rank here or on another node has made no progress for too long: kills the workers, after a look at them."""
         if not self.stall or self.failed_at is not None:
             return
-        self.beats = read_beats(Path(self.heartbeats.name), socket.gethostname())
+        self.beats = read_beats(Path(self.heartbeats.name), node_name())
         if not (any(beat.is_stalled(self.stall) for beat in self.beats) or self.board.stall_told()):
             return
         self.stalled = True
@@ -245,7 +245,7 @@ class Agent(LocalElasticAgent):
             end += f", {error}"
         log = self.log_dir / f"rank-{ending.rank:05d}.log" if self.log_dir else None
         where = f"; its log is {log}" if log and log.exists() else ""
-        return f"rank {ending.rank} (process {ending.pid} on {socket.gethostname()}) {end}{where}"
+        return f"rank {ending.rank} (process {ending.pid} on {node_name()}) {end}{where}"
 
     def _error_of(self, ending: Ending) -> str:
         """What the worker has left in its error file; empty if it has left none."""

@@ -53,10 +53,6 @@ class Finding:
     ok: bool | None
 
 
-def node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def examine(limits: Limits, directory: Path) -> Iterator[Finding]:
     """Looks at this machine; `directory` is where the run writes."""
     cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

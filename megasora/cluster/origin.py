@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
+def node_name() -> str:
+    """What this machine is called: by SLURM, where it started this process, else by itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def origin() -> dict[str, Any]:
     """`began`: seconds since the epoch; `host`; under SLURM `job` and `slurm_restarts`; under the launcher `restarts`."""
-    facts: dict[str, Any] = {"began": round(process_start(), 3), "host": socket.gethostname()}
+    facts: dict[str, Any] = {"began": round(process_start(), 3), "host": node_name()}
     if "SLURM_JOB_ID" in os.environ:
         facts["job"] = os.environ["SLURM_JOB_ID"]
         facts["slurm_restarts"] = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -1,6 +1,5 @@
 """Ranks that are slower than the others, from what each has measured of its own steps."""
 
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megasora.cluster.origin import node_name
 
 WINDOW = 20  # steps
 FACTOR = 1.5  # of the median of all ranks
@@ -48,7 +49,7 @@ class StepTimes:
         own = tuple(median(values) for values in zip(*self.steps, strict=True))
         self.steps.clear()
         everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, (*own, socket.gethostname()))
+        dist.all_gather_object(everyone, (*own, node_name()))
         typical = median(data + forward for data, forward, _ in everyone)
         return [
             Straggler(rank, host, data, forward, typical)

@@ -15,8 +15,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megasora.cluster.doctor import Finding, Limits, examine, node_name
+from megasora.cluster.doctor import Finding, Limits, examine
 from megasora.cluster.links import judge_links, measure_links, one_a_node
+from megasora.cluster.origin import node_name
 from megasora.errors import CheckFailed, ConfigError
 from megasora.parallel.mesh import processes, rank, world_size
 
