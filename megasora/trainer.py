@@ -17,7 +17,10 @@ from data_pipelines.errors import DataError
 from data_pipelines.loader import Replacement, StepBatch
 from megasora.build import build_engine, build_recipe, check_fit, open_run_directory
 from megasora.checkpoint.save import prune, save
+from megasora.cluster.heartbeat import Heartbeat, heartbeat
+from megasora.cluster.origin import origin
 from megasora.cluster.signals import StopRequest, stop_on_signal
+from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
 from megasora.engines.optim import learning_rate
 from megasora.errors import StoppedEarly
@@ -27,20 +30,21 @@ from megasora.models.families import parameter_count
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
-from megasora.parallel.mesh import Processes, processes
+from megasora.parallel.mesh import Processes, processes, rank
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
 from megasora.segments import Segment, segments_of
 from megasora.training_data import build_loader, check_current, open_data
 
+SAVE_MARGIN = 1.5  # a save may take so many times as long as the last one
 MAX_SKIPPED = 20  # steps in a row, before a run that learns nothing is ended
 
 
 def train(config: Config) -> None:
     """Trains as `config` says, in this process and its peers. Raises StoppedEarly when a signal ended it with a checkpoint."""
-    with processes(config.parallel.layout) as group, stop_on_signal() as stop:
-        trainer = Trainer(config, group, stop)
+    with processes(config.parallel.layout) as group, stop_on_signal() as stop, heartbeat(rank()) as beat:
+        trainer = Trainer(config, group, stop, beat)
         try:
             trainer.run()
         finally:
@@ -50,13 +54,14 @@ def train(config: Config) -> None:
 class Trainer:
     """One run on one process. `step` counts the updates done, over all stages; a stage is a segment of the data's order."""
 
-    def __init__(self, config: Config, group: Processes, stop: StopRequest) -> None:
-        self.config, self.group, self.stop = config, group, stop
+    def __init__(self, config: Config, group: Processes, stop: StopRequest, beat: Heartbeat) -> None:
+        self.config, self.group, self.stop, self.beat = config, group, stop, beat
         self.data = open_data(config, group.device)
         check_fit(config, group, self.data.facts)
         check_current(config)
         start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
+        beat.keep_stacks(self.run_dir / "logs" / f"rank-{group.rank:05d}.stacks")
         self.engine = build_engine(config, group)
         load_start(start, config, self.engine)
         self.step, self.obey, self.breaks = start.step, start.obey, start.breaks
@@ -67,10 +72,12 @@ class Trainer:
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
             save_digests(self.run_dir, self.data)
         self.peak_flops = device_peak(group.device, config.precision.precision)
+        self.own_times, self.own_wait, self.forward_s = StepTimes(group.world), 0.0, 0.0
         self.bad_samples = self.skipped = 0
+        self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
-                   fingerprint=self.data.fingerprint, torch=torch.__version__)  # fmt: skip
+                   fingerprint=self.data.fingerprint, torch=torch.__version__, **origin())  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
                  self.step, f"{parameter_count(config.model):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip
@@ -98,15 +105,22 @@ class Trainer:
         batches = loader.batches(self.step - segment.first)
         while self.step < segment.end:
             begin = time.perf_counter()
+            self.beat.enter(self.step + 1, "data")
             batch, stopping = self.next_batch(batches, segment.number)
             data_wait = time.perf_counter() - begin
 
             done = self.step - segment.stage_first
+            self.beat.enter(self.step + 1, "train", " ".join(batch.buckets))
             lr = learning_rate(self.config.optim, stage.lr or self.config.optim.lr, done, stage.steps)
             loss, grad_norm = self.train_step(batch, recipe, lr)
             self.step += 1
             self.record(stage, batch, loss, grad_norm, lr, time.perf_counter() - begin, data_wait)
+            for slow in self.own_times.add(self.own_wait, self.forward_s):
+                self.event("slow_rank", step=self.step, **vars(slow))
+                log.warning("slow: %s", slow)
 
+            if stopping and self.too_late():
+                raise StoppedEarly(f"{self.stop.signal}: stopped after step {self.step}, with no time left to save it")
             if self.step % self.config.checkpoint.every == 0 or self.step == self.last or stopping:
                 self.save(segment)
             if stopping and self.step < self.last:
@@ -121,7 +135,8 @@ class Trainer:
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
         rows = build_rows(batch, recipe)
-        loss = self.engine.forward_backward(rows, training_loss(recipe)).item()
+        judge = FirstCall(training_loss(recipe), self.group.device)
+        loss = self.engine.forward_backward(rows, judge).item()
         grad_norm = self.engine.clip().item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.engine.update(lr)
@@ -136,16 +151,19 @@ class Trainer:
                     f"{self.config.data.path}: {MAX_SKIPPED} steps in a row without a finite loss; see {EVENTS}"
                 )
         synchronize(self.group.device)
+        self.forward_s = judge.seconds() if self.group.layout.pp == 1 else 0.0  # stages wait for each other
         return loss, grad_norm
 
     def next_batch(self, batches: Iterator[StepBatch], segment: int) -> tuple[StepBatch, bool]:
         """The next batch and whether to stop after it: both agreed by all ranks, replaced samples logged before use."""
-        failure, batch = "", None
+        failure, batch, begin = "", None, time.perf_counter()
         try:
             batch = next(batches)
         except DataError as error:
             failure = str(error)
         replaced: list[Replacement] = batch.replacements if batch else []
+        self.own_wait = time.perf_counter() - begin
+        self.beat.enter(self.step + 1, "agree", " ".join(batch.buckets) if batch else "")
         flags = torch.tensor([bool(self.stop), bool(failure), len(replaced)], device=self.group.device)
         dist.all_reduce(flags)
         stopping, failed, bad = flags.tolist()
@@ -190,6 +208,7 @@ class Trainer:
     def save(self, segment: Segment) -> None:
         """A checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
         begin = time.perf_counter()
+        self.beat.enter(self.step, "save")
         facts = {
             "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first,
             "breaks": list(self.breaks), "config": to_dict(self.config), "fingerprint": self.data.fingerprint,
@@ -198,9 +217,15 @@ class Trainer:
         root = self.run_dir / "checkpoints"
         path = save(root, self.step, self.engine.tensors(), facts)
         prune(root, self.config.checkpoint)
-        seconds = time.perf_counter() - begin
+        self.save_seconds = seconds = time.perf_counter() - begin
         self.event("save", step=self.step, path=str(path), seconds=round(seconds, 3))
         log.info("saved %s in %.1f s", path, seconds)
+
+    def too_late(self) -> bool:
+        """Whether a save, judged by the last one, would outlast what a scheduler's warning leaves of the job. All ranks agree."""
+        late = torch.tensor(float(self.stop.seconds_left < SAVE_MARGIN * self.save_seconds), device=self.group.device)
+        dist.all_reduce(late, op=dist.ReduceOp.MAX)
+        return bool(late.item())
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and after the last, is due now."""
@@ -208,8 +233,10 @@ class Trainer:
 
     def evaluate(self, stage: Stage) -> None:
         """The loss of fixed samples at fixed timesteps."""
+        begin = time.perf_counter()
+        self.beat.enter(self.step, "evaluate")
         losses = evaluation_loss(self.config, self.group, self.engine, self.data, stage)
-        self.event("eval", step=self.step, **losses)
+        self.event("eval", step=self.step, seconds=round(time.perf_counter() - begin, 3), **losses)
         if self.journal:
             self.journal.evaluation(losses, self.step)
         log.info(
@@ -218,6 +245,8 @@ class Trainer:
 
     def show(self) -> None:
         """Videos of the averaged weights for fixed prompts: all ranks compute, the main one writes."""
+        begin = time.perf_counter()
+        self.beat.enter(self.step, "show")
         videos = evaluation_videos(self.config, self.group, self.engine)
         if self.journal and videos:
             directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
@@ -231,6 +260,7 @@ class Trainer:
             if scores:
                 self.event("scores", step=self.step, **scores)
                 self.journal.evaluation(scores, self.step)
+            self.event("show", step=self.step, seconds=round(time.perf_counter() - begin, 3), path=str(directory))
             log.info("samples in %s", directory)
 
     def event(self, kind: str, **facts: Any) -> None:
