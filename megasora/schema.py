@@ -22,6 +22,7 @@ from megasora.engines.torch_native import EngineConfig
 from megasora.models.families import CLASSIFIERS, AnyModelConfig
 from megasora.models.vae import VAEConfig
 from megasora.models.video_dit import VideoDiTConfig
+from megasora.observe.spikes import SpikeConfig
 from megasora.vae_training import TrainVAEConfig
 
 
@@ -232,6 +233,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)

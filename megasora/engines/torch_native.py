@@ -74,12 +74,13 @@ class Engine(Protocol):
 
 
 class TorchNative:
-    """DDP for zero0, FSDP2 for zero2 and zero3 and HSDP. `build` makes the model; its weights are drawn from `seed`."""
+    """DDP for zero0, FSDP2 for zero2 and zero3 and HSDP. `build` makes the model; its weights are drawn from `seed`, or
+    left as they are (None) for a checkpoint to fill: to draw them takes a whole model in the host's memory."""
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        seed: int,
+        seed: int | None,
         processes: Processes,
         config: EngineConfig,
         optim: OptimConfig,
@@ -95,7 +96,8 @@ class TorchNative:
             split_model(model, plan, processes.mesh["tp"])
         shard_model(model, processes, config)
         model.to_empty(device=processes.device)
-        init_weights(model, build, seed)
+        if seed is not None:
+            init_weights(model, build, seed)
         self.model = model
         self.sharded = layout.zero >= 2
         # DDP takes no split parameters: with tensor parallelism the reduction is our own, after the last row.

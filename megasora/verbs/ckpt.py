@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megasora.checkpoint.directory import CheckpointInfo, describe, list_checkpoints
-from megasora.checkpoint.manifest import MANIFEST, Problem, damage, verify
+from megasora.checkpoint.manifest import MANIFEST, Place, Problem, damage, verify
 from megasora.errors import CheckpointError
 
 
@@ -70,7 +70,7 @@ def _record(info: CheckpointInfo, problems: list[Problem] | None) -> dict[str, A
     return record
 
 
-def _table(found: list[CheckpointInfo], checked: dict[Path, list[Problem]]) -> list[str]:
+def _table(found: list[CheckpointInfo], checked: dict[Place, list[Problem]]) -> list[str]:
     rows = [("step", "size", "layout", "age", "state")]
     for info in found:
         problems = checked.get(info.path)

@@ -89,12 +89,12 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, int]:
     """The model with the weights of sample.checkpoint, and the step that they are from."""
     root = Path(config.run.dir) / "checkpoints"
     named = config.sample.checkpoint
-    path = resume_path(root, "auto" if named == "latest" else named).path
+    path = resume_path(root, "auto" if named == "latest" else named, config.checkpoint.durable).path
     if path is None:
         raise CheckpointError(f"{root}: no checkpoint; train first, or give sample.checkpoint=PATH")
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
     prefix = f"{config.sample.weights}/"
-    load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix)
+    load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix, verified=True)
     return model.eval(), int(read_facts(path)["step"])
