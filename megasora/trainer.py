@@ -259,6 +259,9 @@ class Trainer:
             )
             return
         self.unsaved = None
+        if saved.durable_failure:
+            self.event("copy_failed", step=saved.step, reason=saved.durable_failure)
+            log.warning("saved, but not copied to the durable store: %s", saved.durable_failure)
         self.event("save", step=saved.step, path=str(saved.path), seconds=round(saved.seconds, 3),
                    blocked_s=round(saved.blocked, 3), durable=str(saved.durable or ""))  # fmt: skip
         log.info("saved %s in %.1f s, of which training waited %.1f s", saved.path, saved.seconds, saved.blocked)

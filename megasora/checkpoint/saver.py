@@ -18,7 +18,7 @@ from megasora.checkpoint.durable import copy
 from megasora.checkpoint.manifest import Place, place_of
 from megasora.checkpoint.ranks import Ranks
 from megasora.checkpoint.save import Shares, plan_shares, prune, write
-from megasora.errors import CheckpointError
+from megasora.errors import CheckpointError, Superseded
 
 LOOK = 2.0  # seconds between two looks at the other ranks, while all wait for a save
 
@@ -31,8 +31,9 @@ class Saved:
     path: Path
     blocked: float
     seconds: float
-    durable: Place | None = None  # where it was copied to, and in what time
+    durable: Place | None = None  # where it was copied to, in what time, and why that failed
     durable_seconds: float = 0.0
+    durable_failure: str = ""
 
 
 class Saver:
@@ -111,7 +112,7 @@ class Saver:
             if any(self.ranks.gather(not isinstance(outcome, Saved | CheckpointError))):
                 self.behind = self._group()  # the threads lost each other
             raise
-        self._cost, self._last = saved.seconds - saved.durable_seconds, time.monotonic()
+        self._cost, self._last = saved.seconds, time.monotonic()
         if saved.durable is not None:
             self._durable_cost, self._durable_last = saved.durable_seconds, time.monotonic()
         return replace(saved, blocked=saved.blocked + waited)
@@ -155,12 +156,21 @@ class Saver:
     ) -> None:
         try:
             path = write(self.behind, self.root, step, shares, facts, self.check)
-            seconds, target = time.perf_counter() - begin, None
-            if durable:
-                target = copy(self.behind, path, place_of(self.config.durable), self.check)
-                prune(place_of(self.config.durable), self.config, self.behind)
+            saved = Saved(step, path, blocked, time.perf_counter() - begin)
+            self._outcome = self._copy(saved) if durable else saved
             prune(self.root, self.config, self.behind)
-            total = time.perf_counter() - begin
-            self._outcome = Saved(step, path, blocked, total, target, total - seconds if durable else 0.0)
         except BaseException as error:
             self._outcome = error
+
+    def _copy(self, saved: Saved) -> Saved:
+        """Puts it into the durable store too. That this fails makes the save no less good."""
+        begin, root = time.perf_counter(), place_of(self.config.durable)
+        target, failure = None, ""
+        try:
+            target = copy(self.behind, saved.path, root, self.check)
+            prune(root, self.config, self.behind)
+        except Superseded:
+            raise
+        except CheckpointError as error:
+            failure = str(error)
+        return replace(saved, durable=target, durable_seconds=time.perf_counter() - begin, durable_failure=failure)
