@@ -74,8 +74,10 @@ def load_start(start: Start, config: Config, engine: Engine) -> None:
     if start.source is not None:
         engine.materialise_optimizer()
         load(start.source, engine.tensors(), verified=True)
+        engine.loaded()
     elif config.run.init_from:
         load_weights(place_of(config.run.init_from), engine)
+        engine.loaded()
 
 
 def load_weights(path: Place, engine: Engine) -> None:

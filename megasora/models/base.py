@@ -1,11 +1,11 @@
-"""What every family shares: the numbers that say how a model meets its data, and the small interface that the rest relies on."""
+"""What every family shares: the numbers that say how a model meets its data, and the shape of a model: entry, blocks, exit."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from megasora.models.attention import ATTENTION
+from megasora.models.attention import ATTENTION, Attention
 from megasora.models.packing import PackedRow, Patch
 
 Cache = dict[
@@ -48,6 +48,11 @@ class ModelConfig:
             raise ValueError(f"heads={self.heads}: do not divide width {self.width}; nearest is {nearest}")
 
     @property
+    def block_count(self) -> int:
+        """How many blocks the model has."""
+        return self.depth
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
@@ -63,11 +68,54 @@ class ModelConfig:
         return self.patch_values * (2 if self.learn_sigma else 1)
 
 
-class Model(Protocol):
-    """A generator gives [L, output_values] for a row, a classifier [S, classes]. It knows nothing of processes."""
+@dataclass(frozen=True)
+class Setting:
+    """What all blocks are given beside the tokens: the row, who sees whom, and what a family adds."""
+
+    row: PackedRow
+    attention: Attention
+
+
+S = TypeVar("S", bound=Setting)
+
+
+class Model(nn.Module, Generic[S]):
+    """Tokens enter, go through blocks that all have one setting, and leave. It knows nothing of processes.
+
+    A generator gives [L, output_values] for a row, a classifier [S, classes]. `ENTRY` and `EXIT` name what only `enter` and
+    only `leave` use; all else but the blocks makes the setting.
+    """
+
+    ENTRY: ClassVar[tuple[str, ...]] = ("patch_embed",)
+    EXIT: ClassVar[tuple[str, ...]] = ("head",)
+    config: Any
+    attention: Attention
+    blocks: nn.ModuleList  # each: (x [L, D], setting) -> [L, D]
 
     def init_weights(self) -> None:
         """Draws every parameter from torch's global generator."""
-        ...
+        raise NotImplementedError
 
-    def __call__(self, row: PackedRow) -> Tensor: ...
+    def setting(self, row: PackedRow, *options: Any) -> S:
+        """What the blocks are given for this row."""
+        raise NotImplementedError
+
+    def enter(self, setting: S) -> Tensor:
+        """The row's tokens [L, P] -> [L, D], for some families with tokens of the conditions among them."""
+        raise NotImplementedError
+
+    def leave(self, x: Tensor, setting: S) -> Tensor:
+        """[L, D] -> the model's answer."""
+        raise NotImplementedError
+
+    def carried(self, row: PackedRow) -> int:
+        """How many tokens go from block to block."""
+        return len(row.tokens)
+
+    def forward(self, row: PackedRow, *options: Any) -> Tensor:
+        """[L, P] patches -> the model's answer. The options are those of `setting`."""
+        setting = self.setting(row, *options)
+        x = self.enter(setting)  # [L, D]
+        for block in self.blocks:
+            x = block(x, setting)  # [L, D]
+        return self.leave(x, setting)

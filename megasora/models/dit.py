@@ -19,8 +19,8 @@ from megasora_kernels.gated import gated
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
-from megasora.models.attention import Attention, find_attention
-from megasora.models.base import ModelConfig
+from megasora.models.attention import find_attention
+from megasora.models.base import Model, ModelConfig
 from megasora.models.layers import (
     MLP,
     LayerNorm,
@@ -30,9 +30,11 @@ from megasora.models.layers import (
     join,
     sincos_axis,
     timestep_embedding,
+    together,
 )
 from megasora.models.packing import PackedRow, Segments, Shape
 from megasora.models.vit import Block as ViTBlock
+from megasora.models.vit import JointSetting
 
 EPS = 1e-6  # of every norm
 
@@ -98,6 +100,14 @@ def position_embedding(grid: Tensor, width: int) -> Tensor:
     return picture + frame_embedding(frame, width)
 
 
+@dataclass(frozen=True)
+class DiTSetting(JointSetting):
+    """What the blocks are given: one vector a run, or tokens of the conditions, side by side sample by sample."""
+
+    condition: Tensor  # adaptive: [R, D] fp32; else [M, D]
+    of_condition: Segments  # of the tokens; adaptive: the runs
+
+
 class AdaLNBlock(nn.Module):
     """Attention and MLP; the condition scales and shifts their norms and, in adaLN-zero, gates what they add."""
 
@@ -108,8 +118,9 @@ class AdaLNBlock(nn.Module):
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
         self.modulation = Modulation(D, 6 if config.design == "adaln_zero" else 4)
 
-    def forward(self, x: Tensor, segments: Segments, condition: Tensor, run: Tensor, attention: Attention) -> Tensor:
-        parts = self.modulation(condition)  # six, without gates four, of [R, D], fp32
+    def forward(self, x: Tensor, setting: DiTSetting) -> Tensor:
+        run, segments, attention = setting.of_condition.index, setting.joint, setting.attention
+        parts = self.modulation(setting.condition)  # six, without gates four, of [R, D], fp32
         half = len(parts) // 2
         (shift1, scale1, *gate1), (shift2, scale2, *gate2) = parts[:half], parts[half:]
         y = layernorm_modulate(x, scale1, shift1, run, EPS)  # [L, D]
@@ -133,17 +144,19 @@ class CrossBlock(nn.Module):
         self.attention, self.cross_attention = (MultiHeadAttention(D, config.heads) for _ in range(2))
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
 
-    def forward(
-        self, x: Tensor, segments: Segments, context: Tensor, of_context: Segments, attention: Attention
-    ) -> Tensor:
+    def forward(self, x: Tensor, setting: DiTSetting) -> Tensor:
+        segments, attention = setting.joint, setting.attention
         y = self.norm1(x)  # [L, D]
         x = x + self.attention(y, y, segments, segments, attention)  # [L, D]
-        x = x + self.cross_attention(self.norm_cross(x), context, segments, of_context, attention)  # [L, D]
+        y = self.norm_cross(x)  # [L, D]
+        x = x + self.cross_attention(y, setting.condition, segments, setting.of_condition, attention)  # [L, D]
         return x + self.mlp(self.norm2(x))  # [L, D]
 
 
-class DiT(nn.Module):
+class DiT(Model[DiTSetting]):
     """Predicts, for every patch of a packed row, what the objective asks for (the noise in the paper)."""
+
+    EXIT = ("out_modulation", "out_norm", "out")
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -177,31 +190,37 @@ class DiT(nn.Module):
             elif name.startswith("time_embed.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, row: PackedRow) -> Tensor:
-        """[L, P] noisy patches -> [L, output_values]: the prediction and, with `learn_sigma`, then the variance's."""
-        x = self.patch_embed(row.tokens)  # [L, D]
-        x = x + position_embedding(row.grid, self.config.width).type_as(x)  # [L, D]
+    def setting(self, row: PackedRow) -> DiTSetting:
         with torch.autocast(row.tokens.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(row.timestep, max_period=self.config.time_period))  # [R, D], fp32
             label = self.label_embed(self._classes(row.label))  # [S, D], fp32
         if self.config.adaptive:
-            run = row.runs.index  # [L]
-            condition = time + label[row.run_sample]  # [R, D], fp32
-            for block in self.blocks:
-                x = block(x, row.attended.video, condition, run, self.attention)  # [L, D]
-            shift, scale = self.out_modulation(condition)  # two [R, D], fp32
-            return self.out(layernorm_modulate(x, scale, shift, run, EPS))  # [L, output_values]
-        context, of_context = condition_tokens(row, time, label)
-        context = context.type_as(x)  # [M, D]
-        if self.config.design == "cross_attention":
-            for block in self.blocks:
-                x = block(x, row.video, context, of_context, self.attention)  # [L, D]
-        else:
-            x, joint = join(x, row.video, context, of_context)  # [L + M, D]
-            for block in self.blocks:
-                x = block(x, joint, self.attention)  # [L + M, D]
-            x = first_part(x, row.video, of_context)  # [L, D]
-        return self.out(self.out_norm(x))  # [L, output_values]
+            return DiTSetting(row, self.attention, row.attended.video, time + label[row.run_sample], row.runs)
+        tokens, of_tokens = condition_tokens(row, time, label)
+        joint = together(row.video, of_tokens) if self.config.design == "in_context" else row.video
+        return DiTSetting(row, self.attention, joint, tokens, of_tokens)
+
+    def enter(self, setting: DiTSetting) -> Tensor:
+        """[L, P] -> [L, D], or [L + M, D] with the conditions in context."""
+        row = setting.row
+        x = self.patch_embed(row.tokens)  # [L, D]
+        x = x + position_embedding(row.grid, self.config.width).type_as(x)  # [L, D]
+        if self.config.design == "in_context":
+            x, _ = join(x, row.video, setting.condition.type_as(x), setting.of_condition)
+        return x
+
+    def leave(self, x: Tensor, setting: DiTSetting) -> Tensor:
+        """[L, D] or [L + M, D] -> [L, output_values]: the prediction and, with `learn_sigma`, then the variance's."""
+        if self.config.adaptive:
+            shift, scale = self.out_modulation(setting.condition)  # two [R, D], fp32
+            return self.out(layernorm_modulate(x, scale, shift, setting.of_condition.index, EPS))
+        if self.config.design == "in_context":
+            x = first_part(x, setting.row.video, setting.of_condition)  # [L, D]
+        return self.out(self.out_norm(x))
+
+    def carried(self, row: PackedRow) -> int:
+        conditions = len(row.runs.lengths) + len(row.shapes) if self.config.design == "in_context" else 0
+        return len(row.tokens) + conditions
 
     def _classes(self, label: Tensor) -> Tensor:
         """[S] -> [S]: rows of the table."""

@@ -136,8 +136,17 @@ class MultiHeadAttention(nn.Module):
 def join(x: Tensor, of_x: Segments, y: Tensor, of_y: Segments) -> tuple[Tensor, Segments]:
     """x [L, D] and y [M, D] -> [L + M, D]: each segment of x, then the same sample's of y, and the segments that they make."""
     pairs = zip(x.split(of_x.lengths), y.split(of_y.lengths), strict=True)
-    lengths = tuple(a + b for a, b in zip(of_x.lengths, of_y.lengths, strict=True))
-    return torch.cat([part for pair in pairs for part in pair]), Segments(lengths, x.device)
+    return torch.cat([part for pair in pairs for part in pair]), together(of_x, of_y)
+
+
+def together(x: Segments, y: Segments) -> Segments:
+    """Each segment of x and the same sample's of y as one, of their peers too."""
+
+    def add(m: tuple[int, ...], n: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(map(sum, zip(m, n, strict=True)))
+
+    peers = tuple(add(m, n) for m, n in zip(x.peers, y.peers, strict=True))
+    return Segments(add(x.lengths, y.lengths), x.device, peers)
 
 
 def first_part(joint: Tensor, of_x: Segments, of_y: Segments) -> Tensor:

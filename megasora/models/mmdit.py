@@ -14,8 +14,8 @@ from megasora_kernels.gated import gated
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
-from megasora.models.attention import Attention, find_attention
-from megasora.models.base import ModelConfig
+from megasora.models.attention import find_attention
+from megasora.models.base import Model, ModelConfig, Setting
 from megasora.models.layers import (
     MLP,
     Modulation,
@@ -24,6 +24,7 @@ from megasora.models.layers import (
     init_linears_and_norms,
     rotate,
     timestep_embedding,
+    together,
 )
 from megasora.models.packing import PackedRow, Segments, Shape
 from megasora.models.token_refiner import TokenRefiner
@@ -59,6 +60,10 @@ class MMDiTConfig(ModelConfig):
             raise ValueError(
                 f"axes={list(self.axes)}: must be even and sum to a head's {K} channels, such as {fitting}"
             )
+
+    @property
+    def block_count(self) -> int:
+        return self.depth + self.single_depth
 
 
 OPEN_SORA_2 = MMDiTConfig(
@@ -107,6 +112,15 @@ class Joint:
     run_part: Tensor  # [R] the part that each run is
 
 
+@dataclass(frozen=True)
+class MMSetting(Setting):
+    """What the blocks are given."""
+
+    joint: Joint
+    condition: Tensor  # [S + R, D] fp32, in the order of the joint's parts
+    angles: Tensor  # [J, K/2] fp32
+
+
 def join(row: PackedRow) -> Joint:
     """Where everything goes, once a row."""
     texts = torch.arange(len(row.shapes), device=row.tokens.device)  # [S]
@@ -116,16 +130,6 @@ def join(row: PackedRow) -> Joint:
     text, video = places.tensor_split([row.own_caption.total])
     part = torch.cat([text_part[row.own_caption.index], run_part[row.runs.index]])[order]
     return Joint(together(row.own_caption, row.video), order, text, video, part, parts, text_part, run_part)
-
-
-def together(text: Segments, video: Segments) -> Segments:
-    """Each sample's text and video as one segment."""
-
-    def add(m: tuple[int, ...], n: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(map(sum, zip(m, n, strict=True)))
-
-    peers = tuple(add(m, n) for m, n in zip(text.peers, video.peers, strict=True))
-    return Segments(add(text.lengths, video.lengths), text.device, peers)
 
 
 def by_sample(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,9 +191,8 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.text, self.video = Stream(config), Stream(config)
 
-    def forward(
-        self, x: Tensor, condition: Tensor, angles: Tensor, row: PackedRow, joint: Joint, attention: Attention
-    ) -> Tensor:
+    def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
+        row, joint, condition, angles = setting.row, setting.joint, setting.condition, setting.angles
         text, video = x.index_select(0, joint.text), x.index_select(0, joint.video)  # [M, D], [L, D]
         text_modulation = self.text.modulation(condition[joint.text_part])  # six [S, D]
         video_modulation = self.video.modulation(condition[joint.run_part])  # six [R, D]
@@ -197,7 +200,8 @@ class DoubleBlock(nn.Module):
         video_qkv = self.video.before(video, video_modulation, row.runs.index)  # three [L, N, K]
         both = zip(text_qkv, video_qkv, strict=True)
         q, k, v = (torch.cat(pair).index_select(0, joint.order) for pair in both)  # [J, N, K]
-        y = attention(rotate(q, angles), rotate(k, angles), v, joint.samples, joint.samples).flatten(-2)  # [J, D]
+        q, k = rotate(q, angles), rotate(k, angles)
+        y = setting.attention(q, k, v, joint.samples, joint.samples).flatten(-2)  # [J, D]
         text = self.text.after(text, y.index_select(0, joint.text), text_modulation, row.own_caption.index)  # [M, D]
         video = self.video.after(video, y.index_select(0, joint.video), video_modulation, row.runs.index)  # [L, D]
         return torch.cat([text, video]).index_select(0, joint.order)  # [J, D]
@@ -215,13 +219,13 @@ class SingleBlock(nn.Module):
         self.mlp = nn.Linear(D, config.ffn)
         self.out = nn.Linear(D + config.ffn, D)
 
-    def forward(
-        self, x: Tensor, condition: Tensor, angles: Tensor, row: PackedRow, joint: Joint, attention: Attention
-    ) -> Tensor:
-        shift, scale, gate = self.modulation(condition)  # three [S + R, D]
+    def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
+        joint, angles = setting.joint, setting.angles
+        shift, scale, gate = self.modulation(setting.condition)  # three [S + R, D]
         y = layernorm_modulate(x, scale, shift, joint.part, self.eps)  # [J, D]
         q, k, v = self.qkv(y)  # [J, N, K]
-        seen = attention(rotate(q, angles), rotate(k, angles), v, joint.samples, joint.samples).flatten(-2)  # [J, D]
+        q, k = rotate(q, angles), rotate(k, angles)
+        seen = setting.attention(q, k, v, joint.samples, joint.samples).flatten(-2)  # [J, D]
         hidden = nn.functional.gelu(self.mlp(y), approximate="tanh")  # [J, ffn]
         y = self.out(torch.cat([seen, hidden], dim=-1))  # [J, D]
         return gated(x, y, gate, joint.part)
@@ -241,8 +245,10 @@ class Head(nn.Module):
         return self.out(layernorm_modulate(x, scale, shift, run, self.eps))  # [L, output_values]
 
 
-class MMDiT(nn.Module):
+class MMDiT(Model[MMSetting]):
     """Predicts, for every patch of a packed row, what the objective asks for (velocity in rectified flow)."""
+
+    ENTRY = ("patch_embed", "text_embed")
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -274,25 +280,31 @@ class MMDiT(nn.Module):
             if ("time_embed." in name or "guidance_embed." in name) and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, row: PackedRow, guidance: Tensor | None = None) -> Tensor:
-        """[L, P] noisy patches -> [L, output_values] prediction.
-
-        With `guidance_embed`, `guidance` [S] is the scale of the guided prediction that is wanted; none: 1, the plain one.
-        """
+    def setting(self, row: PackedRow, guidance: Tensor | None = None) -> MMSetting:
+        """With `guidance_embed`, `guidance` [S] is the scale of the guided prediction that is wanted; none: 1, the plain one."""
         joint = join(row)
         with torch.autocast(row.tokens.device.type, enabled=False):
             condition = self._condition(row, guidance)[joint.parts]  # [S + R, D], fp32
             angles = axial_angles(row.grid, self.config.axes, self.config.theta)  # [L, K/2], fp32
             text_angles = angles.new_zeros(row.own_caption.total, angles.shape[1])  # [M, K/2]: text is not turned
             angles = torch.cat([text_angles, angles])[joint.order]  # [J, K/2]
+        return MMSetting(row, self.attention, joint, condition, angles)
+
+    def enter(self, setting: MMSetting) -> Tensor:
+        """[L, P] -> [J, D]: text and video of each sample side by side."""
+        row = setting.row
         text = self._embed_text(row)[slice(*row.own_text)]  # [M, D]
         video = self.patch_embed(row.tokens)  # [L, D]
-        x = torch.cat([text, video]).index_select(0, joint.order)  # [J, D]
-        for block in self.blocks:
-            x = block(x, condition, angles, row, joint, self.attention)  # [J, D]
-        return self.head(
-            x.index_select(0, joint.video), condition[joint.run_part], row.runs.index
-        )  # [L, output_values]
+        return torch.cat([text, video]).index_select(0, setting.joint.order)  # [J, D]
+
+    def leave(self, x: Tensor, setting: MMSetting) -> Tensor:
+        """[J, D] -> [L, output_values]."""
+        joint = setting.joint
+        video = x.index_select(0, joint.video)  # [L, D]
+        return self.head(video, setting.condition[joint.run_part], setting.row.runs.index)
+
+    def carried(self, row: PackedRow) -> int:
+        return row.own_caption.total + len(row.tokens)
 
     def _embed_text(self, row: PackedRow) -> Tensor:
         if isinstance(self.text_embed, TokenRefiner):

@@ -19,7 +19,7 @@ from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
-from megasora.models.base import ModelConfig
+from megasora.models.base import Model, ModelConfig, Setting
 from megasora.models.layers import (
     MLP,
     RMSNorm,
@@ -109,6 +109,18 @@ class HeadNormAttention(nn.Module):
         return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
 
 
+@dataclass(frozen=True)
+class STSetting(Setting):
+    """What the pairs are given."""
+
+    text: Tensor  # [M, D]
+    time: Tensor  # [R, D] fp32
+    modulation: Tensor  # [R, 6, D] fp32, before each block's own table
+    angles: Tensor | None  # [L, K/2] fp32, or what the first temporal block is `added`, [L, D] fp32
+    added: Tensor | None
+    orders: tuple[Order, Order]  # in space, in time
+
+
 class Block(nn.Module):
     """Self-attention in an order, cross-attention to the text where it has any, MLP."""
 
@@ -121,54 +133,38 @@ class Block(nn.Module):
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.zeros(6, D))
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        angles: Tensor | None,
-        row: PackedRow,
-        order: Order,
-        attention: Attention,
-    ) -> Tensor:
+    def forward(self, x: Tensor, setting: STSetting, angles: Tensor | None, order: Order) -> Tensor:
+        row, attention = setting.row, setting.attention
         run = row.runs.index  # [L]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [R, D]
+        modulation = self.modulation.float() + setting.modulation  # [R, 6, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)  # six [R, D]
         y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
         y = self.self_attention(y, y, order, order, angles, attention)  # [L, D]
         x = gated(x, y, gate1, run)
         if self.cross_attention is not None:
-            x = x + self.cross_attention(x, text, row.attended.video, row.caption, None, attention)
+            x = x + self.cross_attention(x, setting.text, row.attended.video, row.caption, None, attention)
         y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
         return gated(x, y, gate2, run)
 
 
 class Pair(nn.Module):
-    """A spatial block, then a temporal one. What is `added` to the tokens comes between them."""
+    """A spatial block, then a temporal one. In the `first` pair, what is added to the tokens comes between them."""
 
-    def __init__(self, config: STDiTConfig) -> None:
+    def __init__(self, config: STDiTConfig, first: bool) -> None:
         super().__init__()
+        self.first = first
         self.space = Block(config, text=True)
         self.time = Block(config, text=config.time_text)
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        angles: Tensor | None,
-        added: Tensor | None,
-        row: PackedRow,
-        orders: tuple[Order, Order],
-        attention: Attention,
-    ) -> Tensor:
-        space, time = orders
-        x = self.space(x, text, modulation, None, row, space, attention)  # [L, D]
-        if added is not None:
-            x = x + added.type_as(x)
-        return self.time(x, text, modulation, angles, row, time, attention)  # [L, D]
+    def forward(self, x: Tensor, setting: STSetting) -> Tensor:
+        space, time = setting.orders
+        x = self.space(x, setting, None, space)  # [L, D]
+        if self.first and setting.added is not None:
+            x = x + setting.added.type_as(x)
+        return self.time(x, setting, setting.angles, time)  # [L, D]
 
 
-class STDiT(nn.Module):
+class STDiT(Model[STSetting]):
     """Predicts, for every patch of a packed row, what the objective asks for."""
 
     def __init__(self, config: STDiTConfig) -> None:
@@ -181,7 +177,7 @@ class STDiT(nn.Module):
         self.time_embed = MLP(256, D, D, nn.SiLU())
         self.fps_embed = MLP(256, D, D, nn.SiLU()) if config.fps_condition else None
         self.time_modulation = nn.Linear(D, 6 * D)
-        self.blocks = nn.ModuleList(Pair(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Pair(config, first=i == 0) for i in range(config.depth))
         self.head = TableHead(D, config.output_values, config.eps)
 
     def init_weights(self) -> None:
@@ -199,14 +195,11 @@ class STDiT(nn.Module):
             elif name == "fps_embed.0.weight":
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, row: PackedRow) -> Tensor:
-        """[L, P] noisy patches -> [L, output_values] prediction."""
-        config, orders = self.config, (space_order(row), time_order(row))
-        x = self.patch_embed(row.tokens)  # [L, D]
+    def setting(self, row: PackedRow) -> STSetting:
+        config = self.config
         text = self.text_embed(row.text)  # [M, D]
         angles = added = None
         with torch.autocast(row.tokens.device.type, enabled=False):
-            x = x + sincos_plane(scaled_places(row, config), config.width).type_as(x)  # [L, D]
             time = self.time_embed(timestep_embedding(row.timestep))  # [R, D], fp32
             if self.fps_embed is not None:
                 fps = self.fps_embed(timestep_embedding(row.fps / 1000))  # [S, D]: the cosines are of the rate itself
@@ -216,9 +209,15 @@ class STDiT(nn.Module):
                 angles = axial_angles(row.attended.grid, (config.head_width, 0, 0))  # [L, K/2], fp32
             else:
                 added = time_sincos(row, config.width)  # [L, D], fp32
-        for i, pair in enumerate(self.blocks):
-            x = pair(x, text, modulation, angles, added if i == 0 else None, row, orders, self.attention)  # [L, D]
-        return self.head(x, time, row.runs.index)  # [L, output_values]
+        orders = space_order(row), time_order(row)
+        return STSetting(row, self.attention, text, time, modulation, angles, added, orders)
+
+    def enter(self, setting: STSetting) -> Tensor:
+        x = self.patch_embed(setting.row.tokens)  # [L, D]
+        return x + sincos_plane(scaled_places(setting.row, self.config), self.config.width).type_as(x)  # [L, D]
+
+    def leave(self, x: Tensor, setting: STSetting) -> Tensor:
+        return self.head(x, setting.time, setting.row.runs.index)  # [L, output_values]
 
 
 def scaled_places(row: PackedRow, config: STDiTConfig) -> Tensor:

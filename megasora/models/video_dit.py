@@ -16,7 +16,7 @@ from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
-from megasora.models.base import Cache, ModelConfig
+from megasora.models.base import Cache, Model, ModelConfig, Setting
 from megasora.models.layers import (
     MLP,
     LayerNorm,
@@ -104,6 +104,18 @@ class QKNormAttention(nn.Module):
         return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
 
 
+@dataclass(frozen=True)
+class VideoSetting(Setting):
+    """What the blocks are given."""
+
+    text: Tensor  # [M, D]
+    time: Tensor  # [R, D] fp32
+    modulation: Tensor  # [R, 6, D] fp32, before each block's own table
+    angles: Tensor  # [L, K/2] fp32
+    seen: tuple[Segments, Segments | Windows]  # the queries of self-attention and the keys that they see
+    cache: Cache | None
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; the first and the last modulated and gated by the timestep."""
 
@@ -117,28 +129,21 @@ class Block(nn.Module):
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.zeros(6, D))
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        angles: Tensor,
-        row: PackedRow,
-        seen: tuple[Segments, Segments | Windows],
-        attention: Attention,
-        cache: Cache | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, setting: VideoSetting) -> Tensor:
+        row, attention = setting.row, setting.attention
         run = row.runs.index  # [L]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unbind(1)  # six [R, D]
+        modulation = self.modulation.float() + setting.modulation  # [R, 6, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)  # six [R, D]
         y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
-        y = self.self_attention(y, y, *seen, angles, attention, cache)  # [L, D]
+        y = self.self_attention(y, y, *setting.seen, setting.angles, attention, setting.cache)  # [L, D]
         x = gated(x, y, gate1, run)
-        x = x + self.cross_attention(self.norm_cross(x), text, row.attended.video, row.caption, None, attention)
+        y = self.norm_cross(x)  # [L, D]
+        x = x + self.cross_attention(y, setting.text, row.attended.video, row.caption, None, attention)
         y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
         return gated(x, y, gate2, run)
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(Model[VideoSetting]):
     """Predicts, for every patch of a packed row, what the objective asks for (velocity in rectified flow)."""
 
     def __init__(self, config: VideoDiTConfig) -> None:
@@ -165,24 +170,25 @@ class VideoDiT(nn.Module):
             elif name.startswith("time_embed.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, row: PackedRow, cache: Cache | None = None) -> Tensor:
-        """[L, P] noisy patches -> [L, output_values] prediction.
-
-        With a `cache` (chunk_causal; empty at first) the row is the next stretch of one video, which sees what the cache
-        holds; its own keys and values are added there.
-        """
-        x = self.patch_embed(row.tokens)  # [L, D]
-        if self.config.position == "rope+sincos":
-            x = x + sincos_embedding(self._where(row), self.config.width).type_as(x)
+    def setting(self, row: PackedRow, cache: Cache | None = None) -> VideoSetting:
+        """With a `cache` (chunk_causal; empty at first) the row is the next stretch of one video, which sees what the cache
+        holds; its own keys and values are added there."""
         text = self.text_embed(row.text)  # [M, D]
         with torch.autocast(row.tokens.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(row.timestep))  # [R, D], fp32
             modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
             angles = rotary_angles(row.attended.grid, self.config.head_width)  # [L, K/2], fp32
         seen = self._seen(row.attended, cache)
-        for block in self.blocks:
-            x = block(x, text, modulation, angles, row, seen, self.attention, cache)  # [L, D]
-        return self.head(x, time, row.runs.index)  # [L, output_values]
+        return VideoSetting(row, self.attention, text, time, modulation, angles, seen, cache)
+
+    def enter(self, setting: VideoSetting) -> Tensor:
+        x = self.patch_embed(setting.row.tokens)  # [L, D]
+        if self.config.position == "rope+sincos":
+            x = x + sincos_embedding(self._where(setting.row), self.config.width).type_as(x)
+        return x
+
+    def leave(self, x: Tensor, setting: VideoSetting) -> Tensor:
+        return self.head(x, setting.time, setting.row.runs.index)  # [L, output_values]
 
     def _where(self, row: PackedRow) -> Tensor:
         """[L, 3] coordinates for sincos. A chunk-causal video has no end: there only row and column are absolute."""

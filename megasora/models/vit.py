@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megasora.models.attention import Attention, find_attention
-from megasora.models.base import ModelConfig
-from megasora.models.layers import MLP, LayerNorm, MultiHeadAttention, join
+from megasora.models.attention import find_attention
+from megasora.models.base import Model, ModelConfig, Setting
+from megasora.models.layers import MLP, LayerNorm, MultiHeadAttention, join, together
 from megasora.models.packing import PackedRow, Patch, Segments, Shape
 
 
@@ -72,6 +72,13 @@ PRESETS: dict[str, ClassifierConfig] = {
 }
 
 
+@dataclass(frozen=True)
+class JointSetting(Setting):
+    """What the blocks are given."""
+
+    joint: Segments  # of the tokens that go through blocks: each sample's class token, say, and its patches
+
+
 class Block(nn.Module):
     """ViT's block: attention and MLP, each after its LayerNorm and beside the residual."""
 
@@ -81,14 +88,17 @@ class Block(nn.Module):
         self.attention = MultiHeadAttention(width, heads)
         self.mlp = MLP(width, ffn, width, nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none"))
 
-    def forward(self, x: Tensor, segments: Segments, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, setting: JointSetting) -> Tensor:
         y = self.norm1(x)  # [L, D]
-        x = x + self.attention(y, y, segments, segments, attention)  # [L, D]
+        x = x + self.attention(y, y, setting.joint, setting.joint, setting.attention)  # [L, D]
         return x + self.mlp(self.norm2(x))  # [L, D]
 
 
-class ViT(nn.Module):
+class ViT(Model[JointSetting]):
     """Says for every sample of a packed row which class it is of; ViViT too, given its config."""
+
+    ENTRY = ("patch_embed", "cls", "positions")
+    EXIT = ("norm", "head")
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -117,22 +127,27 @@ class ViT(nn.Module):
         nn.init.zeros_(self.cls)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, row: PackedRow) -> Tensor:
-        """[L, P] clean patches -> [S, classes] logits, those of padding without meaning.
-
-        Timesteps, text and labels of the row are not looked at. Raises ValueError for a sample of another grid.
-        """
+    def setting(self, row: PackedRow) -> JointSetting:
+        """Timesteps, text and labels of the row are not looked at. Raises ValueError for a sample of another grid."""
         self._check(row)
-        _, H, W = self.config.grid
+        return JointSetting(row, self.attention, together(class_tokens(row), row.video))
+
+    def enter(self, setting: JointSetting) -> Tensor:
+        """[L, P] clean patches -> [S + L, D]."""
+        row, (_, H, W) = setting.row, self.config.grid
         place = (row.grid * row.grid.new_tensor([H * W, W, 1])).sum(1)  # [L] of each patch among those of its sample
         x = self.patch_embed(row.tokens)  # [L, D]
         x = x + self.positions[1 + place].type_as(x)  # [L, D]
         cls = (self.cls + self.positions[:1]).type_as(x).expand(len(row.shapes), -1)  # [S, D]
-        x, joint = join(cls, Segments((1,) * len(cls), x.device), x, row.video)  # [S + L, D]
-        for block in self.blocks:
-            x = block(x, joint, self.attention)  # [S + L, D]
-        cls = x[torch.tensor(joint.starts, device=x.device)]  # [S, D]
+        return join(cls, class_tokens(row), x, row.video)[0]  # [S + L, D]
+
+    def leave(self, x: Tensor, setting: JointSetting) -> Tensor:
+        """[S + L, D] -> [S, classes] logits, those of padding without meaning."""
+        cls = x[torch.tensor(setting.joint.starts, device=x.device)]  # [S, D]
         return self.head(self.norm(cls))  # [S, classes]
+
+    def carried(self, row: PackedRow) -> int:
+        return len(row.shapes) + len(row.tokens)
 
     def _check(self, row: PackedRow) -> None:
         """Padding, a single row of patches after the samples, may have any length."""
@@ -144,6 +159,11 @@ class ViT(nn.Module):
                     f"shape={list(shape)} in patches: positions are learned for {list(self.config.grid)} "
                     f"(image_size={self.config.image_size}, frames={self.config.frames})"
                 )
+
+
+def class_tokens(row: PackedRow) -> Segments:
+    """One a sample."""
+    return Segments((1,) * len(row.shapes), row.tokens.device)
 
 
 def forward_macs(config: ClassifierConfig, shape: Shape, text_tokens: int) -> int:

@@ -63,7 +63,7 @@ def draw_latents(directory: Path) -> None:
                 "pooled": text.pooled,
             }
             facts = {"kind": "video", "frames": 6, "fps": 8.0, "height": 16, "width": 16, "temporal_compression": 1,
-                     "caption_tokens": len(text.tokens), "label": i % 2, "caption": ("a red wall", "a blue wall")[i % 2]}  # fmt: skip
+                     "caption_tokens": len(text.tokens), "label": i % 2}  # fmt: skip
             writer.write({"__key__": f"s{i:03d}", "json": facts, "safetensors": save(tensors)})
     made = EncodeConfig(vae="pixels", text=str(directory / "text"), output=str(directory), latent_dtype="float32")
     buckets = BucketConfig(resolutions=(16,), frames=(1, 6), aspects=("1:1",), multiple=16)

@@ -13,6 +13,7 @@ from megasora.models.dit import (
     CrossBlock,
     DiT,
     DiTConfig,
+    DiTSetting,
     condition_tokens,
     forward_macs,
     position_embedding,
@@ -209,8 +210,8 @@ def test_initial_state(design: str) -> None:
         zero = name.endswith("bias") or name.startswith("out.") or (design == "adaln_zero" and "modulation." in name)
         assert (parameter.abs().max() == 0) == zero, name
     if design == "adaln_zero":
-        x, condition = torch.randn(row.video.total, 48), torch.randn(len(row.runs.lengths), 48)
-        assert torch.equal(model.blocks[0](x, row.video, condition, row.runs.index, model.attention), x)
+        x = torch.randn(row.video.total, 48)
+        assert torch.equal(model.blocks[0](x, model.setting(row)), x)
 
 
 def test_adaln_is_adaln_zero_with_open_gates() -> None:
@@ -225,10 +226,8 @@ def test_adaln_is_adaln_zero_with_open_gates() -> None:
             parts[2][...] = parts[5][...] = value
             weights[f"modulation.{kind}"] = torch.cat([parts[i] for i in (0, 1, 3, 4)])
     plain.load_state_dict(weights)
-    condition = torch.randn(len(row.runs.lengths), 48)
-    results = [
-        block(x, row.video, condition, row.runs.index, small_model("adaln").attention) for block in (plain, gated)
-    ]
+    setting = replace(small_model("adaln").setting(row), condition=torch.randn(len(row.runs.lengths), 48))
+    results = [block(x, setting) for block in (plain, gated)]
     torch.testing.assert_close(*results)
 
 
@@ -255,8 +254,8 @@ def test_the_cross_attention_block_is_diffusers() -> None:
     x, context = torch.randn(6, 48), torch.randn(2, 48)
     with torch.no_grad():
         expected = theirs(x[None], encoder_hidden_states=context[None])[0]
-        segments = [Segments((n,), x.device) for n in (6, 2)]
-        found = ours(x, segments[0], context, segments[1], small_model("adaln").attention)
+        queries, keys = (Segments((n,), x.device) for n in (6, 2))
+        found = ours(x, DiTSetting(make_row(), small_model("adaln").attention, queries, context, keys))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -141,11 +141,10 @@ def test_initial_state_is_adaln_zero() -> None:
     model.init_weights()
     row = make_row([0, 1, 2])
     assert model(row).abs().max() == 0
-    joint = join(row)
-    x, angles = torch.randn(joint.samples.total, 48), torch.zeros(joint.samples.total, 6)
-    condition = torch.randn(len(joint.parts), 48)
+    setting = model.setting(row)
+    x = torch.randn(setting.joint.samples.total, 48)
     for block in model.blocks:
-        assert torch.equal(block(x, condition, angles, row, joint, model.attention), x)
+        assert torch.equal(block(x, setting), x)
 
 
 def test_bfloat16_autocast_keeps_conditions_in_fp32() -> None:

@@ -1,6 +1,7 @@
 """The default family: published parameter counts and FLOPs, packing, conditioning, initial state."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -120,11 +121,7 @@ def test_initial_state_is_adaln_zero() -> None:
     row = make_row(SHAPES, TEXTS)
     assert model(row).abs().max() == 0
     x = torch.randn(row.video.total, SMALL.width)
-    modulation = torch.zeros(3, 6, SMALL.width)
-    angles = torch.zeros(row.video.total, SMALL.width // SMALL.heads // 2)
-    text = torch.randn(row.caption.total, SMALL.width)
-    seen = (row.video, row.video)
-    assert torch.equal(model.blocks[0](x, text, modulation, angles, row, seen, model.attention, None), x)
+    assert torch.equal(model.blocks[0](x, model.setting(row)), x)
 
 
 def test_patches_there_and_back() -> None:
@@ -184,8 +181,8 @@ def test_a_block_is_wans_formula() -> None:
     y = norm(expected, weight=block.norm_cross.weight, bias=block.norm_cross.bias)
     expected = expected + attend(block.cross_attention, y, text)
     expected = expected + block.mlp(norm(expected) * (1 + m[4]) + m[3]) * m[5]
-    angles = torch.zeros(row.video.total, 6)
-    found = block(x, text, e, angles, row, (row.video, row.video), model.attention, None)
+    setting = replace(model.setting(row), text=text, modulation=e, angles=torch.zeros(row.video.total, 6))
+    found = block(x, setting)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
