@@ -23,7 +23,8 @@ VERBS: dict[str, str] = {
     "bench": "measure the training step: a table and JSON",
     "parity": "check that layouts compute what one process computes",
     "plan": "list the presets and their parameters",
-    "ckpt": "list and verify checkpoints",
+    "replay": "one step of a run again, sample by sample",
+    "ckpt": "list, verify, convert, export, compare and average checkpoints",
     "launch": "start a verb on several processes, keeping its exit code",
 }
 

@@ -38,7 +38,10 @@ from tests.integration.conftest import environment
 
 SAMPLES, EVERY = 40, 5
 FIXED = (2, "dp2,zero3")
-MOVING = [(1, "dp1"), (2, "dp2"), (2, "dp1,tp2"), (2, "cp2x1"), (3, "dp3,zero2"), (4, "dp2,tp2,zero3"), FIXED]
+MOVING = [
+    (1, "dp1"), (2, "dp2"), (2, "dp1,tp2"), (2, "cp2x1"), (2, "pp2,dp1"), (2, "dp2,zero1"), (3, "dp3,zero2"),
+    (4, "dp2,tp2,zero3"), FIXED,
+]  # fmt: skip
 PATIENCE = 240.0  # seconds for a start, or without a step, before the storm itself has failed
 STALLED = 8.0  # seconds without a step: then a watchdog kills
 TMPFS = 24 << 20  # bytes for checkpoints: small enough to fill

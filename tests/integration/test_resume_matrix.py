@@ -23,11 +23,13 @@ FIRST, STEPS = 4, 24  # saved after the first, 20 more
 LAYOUTS = {
     "one": (1, "dp1"), "dp2": (2, "dp2"), "zero2": (2, "dp2,zero2"), "zero3": (2, "dp2,zero3"), "tp2": (2, "dp1,tp2"),
     "ulysses2": (2, "cp2x1"), "ring2": (2, "dp1,cp1x2,zero3"), "dp4": (4, "dp4,zero3"), "hsdp": (4, "hsdp2x2"),
+    "zero1": (2, "dp2,zero1"), "pp2": (2, "pp2,dp1"), "pp2dp2": (4, "pp2,dp2,zero1"), "pp2tp2": (4, "pp2,dp1,tp2"),
     "dp2tp2": (4, "dp2,tp2,zero3"), "cp2tp2": (4, "cp2,tp2"), "cp4": (4, "dp1,cp2x2,zero2"),
 }  # fmt: skip
-PAIRS = [("one", "zero3"), ("zero3", "tp2"), ("tp2", "one"), ("ulysses2", "dp2"), ("zero3", "zero3")]
+PAIRS = [("one", "zero3"), ("zero3", "pp2"), ("pp2", "tp2"), ("tp2", "one"), ("zero3", "zero3")]
 MORE = [
-    ("dp2", "ulysses2"), ("zero2", "hsdp"), ("hsdp", "ring2"), ("ring2", "dp2tp2"), ("dp2tp2", "cp4"), ("cp4", "zero2"),
+    ("dp2", "ulysses2"), ("zero1", "pp2dp2"), ("pp2dp2", "zero3"), ("zero3", "pp2tp2"), ("pp2tp2", "zero1"), ("pp2", "pp2"),
+    ("zero2", "hsdp"), ("hsdp", "ring2"), ("ring2", "dp2tp2"), ("dp2tp2", "cp4"), ("cp4", "zero2"),
     ("cp2tp2", "one"), ("one", "cp2tp2"), ("dp4", "zero3"), ("zero3", "dp4"), ("dp2tp2", "dp4"), ("hsdp", "tp2"),
     ("tp2", "hsdp"), ("dp2tp2", "dp2tp2"), ("one", "one"),
 ]  # fmt: skip

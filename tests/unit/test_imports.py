@@ -10,7 +10,7 @@ LAYERS = [
     ("megasora.__main__",),
     ("megasora.cli",),
     ("megasora.verbs",),
-    ("megasora.trainer", "megasora.bench", "megasora.parity"),
+    ("megasora.trainer", "megasora.bench", "megasora.parity", "megasora.replay"),
     ("megasora.evaluation",),
     ("megasora.rendering",),
     (
