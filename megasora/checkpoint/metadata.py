@@ -5,6 +5,7 @@ types that describe tensors can be built from it. Entries other than tensors are
 """
 
 import io
+import math
 import pickle
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -40,6 +41,10 @@ class SavedTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckedReader(FileSystemReader):

@@ -43,6 +43,7 @@ MOVING = [
     (4, "dp2,tp2,zero3"), FIXED,
 ]  # fmt: skip
 PATIENCE = 240.0  # seconds for a start, or without a step, before the storm itself has failed
+UNENDING = 100_000  # steps
 STALLED = 8.0  # seconds without a step: then a watchdog kills
 TMPFS = 24 << 20  # bytes for checkpoints: small enough to fill
 
@@ -82,7 +83,7 @@ def write_config(directory: Path) -> Path:
         "model": {"width": 48, "depth": 2, "heads": 4, "channels": 3, "patch": [1, 4, 4], "ffn": 96, "text_width": 16},
         "encode": {"vae": "pixels"},
         "optim": {"lr": 1e-3, "warmup": 5, "ema": 0.9, "schedule": "constant"},
-        "stages": [{"steps": 100_000, "tasks": {"text": 0.7, "image": 0.3},
+        "stages": [{"steps": UNENDING, "tasks": {"text": 0.7, "image": 0.3},
                     "buckets": {"resolutions": [16], "frames": [1, 6], "aspects": ["1:1"], "multiple": 16}}],
         "checkpoint": {"every": EVERY, "keep_last": 4},
         "observe": {"tensorboard": False},
@@ -122,8 +123,9 @@ class Job:
 
     def kill(self) -> None:
         """The launcher, and with it its workers."""
-        pids = [self.process.pid, *self.workers]
-        for pid in pids:
+        if self.process.poll() is not None:
+            return
+        for pid in [self.process.pid, *self.workers]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -142,6 +144,7 @@ class Storm:
     run: Path = field(init=False)
     cost: list[dict[str, Any]] = field(default_factory=list)
     layout: tuple[int, str] = FIXED
+    job: Job | None = None  # that runs now
 
     def __post_init__(self) -> None:
         self.run = self.config.parent / self.name
@@ -162,30 +165,30 @@ class Storm:
         return job
 
     def round(self) -> None:
-        """One start, one fault, and the start after it up to where the fault was."""
+        """One fault, and the start after it up to where the fault was."""
         kinds = [kind for kind in FAULTS if kind is not moved or len(self.layouts) > 1]
         fault = self.chance.choice(kinds)
-        job = self.start(100_000)
-        reached = job.step
-        job.until("the first steps", lambda: job.step > reached)
-        base = starts(self.run)[-1]["step"]
-        job.until("its moment", lambda: job.step >= base + self.chance.choice((1, EVERY, 2 * EVERY)))
+        job = self.job or self.start(UNENDING)
+        moment = job.step + self.chance.choice((1, EVERY, 2 * EVERY))
+        job.until("its moment", lambda: job.step >= moment)
         time.sleep(self.chance.uniform(0.0, 0.5))
         before = time.monotonic()
         fault(self, job)
-        at = max(job.step, reached)
-        again = self.start(100_000)
-        resumed = starts(self.run)[-1]["step"]
-        again.until("what was lost", lambda: any(m["attempt"] == starts(self.run)[-1]["attempt"] and m["step"] >= at
-                                                 for m in history(self.run)))  # fmt: skip
+        at = job.step
+        self.job = again = self.start(UNENDING)
+        attempt, resumed = starts(self.run)[-1]["attempt"], starts(self.run)[-1]["step"]
+        again.until(
+            "what was lost", lambda: any(m["attempt"] == attempt and m["step"] >= at for m in history(self.run))
+        )
         seconds = time.monotonic() - before
         self.cost.append({"fault": fault.__name__, "at": at, "resumed": resumed, "seconds": round(seconds, 2)})
         print(f"{self.name}: {fault.__name__} after step {at}, on {self.layout[1]} again from {resumed}, "
               f"{seconds:.1f} s until it was there again", file=sys.stderr, flush=True)  # fmt: skip
-        again.kill()
 
     def finish(self) -> int:
         """Lets it run to an end."""
+        if self.job:
+            self.job.kill()
         last = history(self.run)[-1]["step"] + 3
         job = self.start(last)
         assert job.process.wait(PATIENCE) == 0, job.said()
@@ -340,6 +343,8 @@ def storm(rounds: int, seed: int, directory: Path) -> dict[str, Any]:
                 each.round()
             ends[each.name] = each.finish()
         finally:
+            if each.job:
+                each.job.kill()
             if not mounted.returncode:
                 subprocess.run(["umount", "-l", str(each.checkpoints)], check=True)
     whole = launch(config, directory / "whole", FIXED, max(ends.values()))
@@ -357,7 +362,7 @@ def storm(rounds: int, seed: int, directory: Path) -> dict[str, Any]:
         for kind in sorted({entry["fault"] for entry in cost})
         if (of_kind := [entry for entry in cost if entry["fault"] == kind])
     }
-    return {"rounds": rounds, "seed": seed, "checkpoint_every": EVERY, "minutes": round((time.monotonic() - begin) / 60, 1),
+    return {"rounds": rounds, "seed": seed, "checkpoint_every": EVERY, "cores": os.cpu_count(), "minutes": round((time.monotonic() - begin) / 60, 1),
             "runs": results, "lost_by_fault": lost, "faults": cost}  # fmt: skip
 
 

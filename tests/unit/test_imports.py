@@ -16,6 +16,7 @@ LAYERS = [
     (
         "megasora.build",
         "megasora.resume",
+        "megasora.export",
         "megasora.segments",
         "megasora.sampling",
         "megasora.training_data",
