@@ -63,10 +63,12 @@ CASES = {
     2: [("video_dit", layout) for layout in ("dp2", "dp2,zero1", "dp2,zero2", "dp2,zero3", "cp2x1", "cp1x2", "dp1,cp2,zero3")]
     + [(family, layout) for family in ("video_dit", "stdit", "dit", "chunks") for layout in ("tp2", "pp2", "cp2x1")]
     + [(family, layout) for family in ("mmdit", "refiner") for layout in ("pp2", "cp2x1", "cp1x2")]
-    + [("dit", "cp1x2"), ("video_dit", "tp2,dp1,zero1"), ("deep", "pp2:interleaved"), ("deep", "pp2:gpipe")],
+    + [("dit", "cp1x2"), ("video_dit", "tp2,dp1,zero1"), ("deep", "pp2:interleaved"), ("deep", "pp2:gpipe")]
+    + [("video_dit", "cp2:dynamic")],
     4: [("video_dit", layout) for layout in ("hsdp2x2", "cp2x2", "dp2,cp2,zero3", "tp4", "dp2,tp2,zero1", "dp1,tp2,cp1x2,zero3")]
     + [("deep", layout) for layout in ("pp4", "pp2:interleaved,dp2,zero2", "pp2,tp2", "pp2,dp2,zero3")]
-    + [("mmdit", "cp2x2"), ("stdit", "tp2,cp2"), ("stdit", "pp2,cp2,dp1,zero1")],
+    + [("video_dit", "cp2x2:dynamic")]
+    + [("mmdit", "cp2x2"), ("mmdit", "dp1,cp4:dynamic,zero3"), ("stdit", "tp2,cp2"), ("stdit", "pp2,cp2,dp1,zero1")],
 }  # fmt: skip
 MORE = {
     2: [("video_dit", "pp2:gpipe"), ("video_dit", "pp2,dp1,zero2"), ("stdit", "dp2,zero1"), ("dit", "dp2,zero1")],
@@ -74,7 +76,8 @@ MORE = {
     + [("video_dit", layout) for layout in ("hsdp2x2,zero1", "dp4,zero1", "dp2,cp2,zero1", "dp2,cp2,zero2", "pp2,dp2,zero1")]
     + [("deep", layout) for layout in ("pp4:gpipe", "pp2,cp2", "pp2:interleaved,tp2", "pp2,cp1x2", "pp2:interleaved,dp2,zero3")]
     + [("mmdit", "dp2,cp2,zero3"), ("mmdit", "pp2,cp2"), ("stdit", "cp4"), ("dit", "dp2,tp2,zero2"), ("dit", "pp2,tp2")],
-    8: [("deep", layout) for layout in ("pp2,tp2,dp2", "dp2,cp2,tp2,zero3", "pp2:interleaved,tp2,cp2", "hsdp2x2,tp2")]
+    8: [("video_dit", "dp2,cp4:dynamic,zero2"), ("dit", "tp2,cp1x4:dynamic")]
+    + [("deep", layout) for layout in ("pp2,tp2,dp2", "dp2,cp2,tp2,zero3", "pp2:interleaved,tp2,cp2", "hsdp2x2,tp2")]
     + [("deep", "pp4,dp2,zero1"), ("stdit", "dp2,tp2,cp2,zero1"), ("mmdit", "pp2,cp2,dp2,zero2")],
 }  # fmt: skip
 
@@ -98,53 +101,52 @@ def test_more_layouts(world: int, reference: dict[str, Outcome]) -> None:
     check(MORE[world], world, reference)
 
 
-def broken_norm(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: the squares of a split norm are summed, their gradients are not."""
-    with patch.object(AllReduce, "backward", staticmethod(lambda ctx, grad: (grad, None))):
-        return outcomes(cases)
+def forgotten_bias() -> Any:
+    """One bias of what modulates is taken for split, so it is not summed over the tensor group."""
+    return patch("megasora.engines.torch_native.is_split", lambda p: is_split(p) or p.shape == (6 * 48,))
 
 
-def broken_sum(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: what is not split is not summed over the tensor group."""
-    with patch.object(TorchNative, "_reduce", lambda engine: None):
-        return outcomes(cases)
+def forgotten_backward_sum() -> Any:
+    """The squares of a split norm are summed, their gradients are not."""
+    return patch.object(AllReduce, "backward", staticmethod(lambda ctx, grad: (grad, None)))
 
 
-def broken_embedder(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: what all stages of a pipeline share is not summed over them."""
-    with patch("megasora.parallel.pipeline.shared_parameters", lambda model: {"time_embed.0.weight"}):
-        return outcomes(cases)
+def forgotten_embedder() -> Any:
+    """Of what all stages of a pipeline share, one weight alone is summed over them."""
+    return patch("megasora.parallel.pipeline.shared_parameters", lambda model: {"time_embed.0.weight"})
 
 
-def broken_count(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: the norm has what all stages share once a stage."""
-    counts = TorchNative._counts
-
-    def every(engine: TorchNative, name: str) -> bool:
-        return counts(engine, name) or name in engine.pipeline.stages.shared  # type: ignore[union-attr]
-
-    with patch.object(TorchNative, "_counts", every):
-        return outcomes(cases)
+def norm_once_a_stage() -> Any:
+    """The norm has what all stages share once a stage."""
+    plain = TorchNative._counts
+    return patch.object(
+        TorchNative, "_counts", lambda engine, name: plain(engine, name) or name in engine.pipeline.stages.shared
+    )
 
 
-def broken_modulation(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: one bias of what modulates is not summed over the tensor group."""
-    plain = is_split
-
-    def forgotten(parameter: torch.Tensor) -> bool:
-        return plain(parameter) or parameter.shape == (6 * 48,)
-
-    with patch("megasora.engines.torch_native.is_split", forgotten):
-        return outcomes(cases)
+def nothing_summed() -> Any:
+    """What is not split is not summed over the tensor group."""
+    return patch.object(TorchNative, "_reduce", lambda engine: None)
 
 
-@pytest.mark.parametrize(
-    ("bug", "layout"),
-    [(broken_norm, "tp2"), (broken_sum, "tp2"), (broken_modulation, "tp2"), (broken_embedder, "pp2"), (broken_count, "pp2")],
-)  # fmt: skip
-def test_a_missing_reduction_is_seen(bug: Any, layout: str, reference: dict[str, Outcome]) -> None:
-    for (outcome,) in run_distributed(bug, 2, [("video_dit", layout)]):
-        assert compare(reference["video_dit"], outcome).worst > 1e-3
+BUGS = {
+    forgotten_bias: "tp2", forgotten_backward_sum: "tp2", nothing_summed: "tp2",
+    forgotten_embedder: "pp2", norm_once_a_stage: "pp2",
+}  # fmt: skip
+
+
+def with_bugs() -> list[Outcome]:
+    found = []
+    for bug, layout in BUGS.items():
+        with bug():
+            found += outcomes([("video_dit", layout)])
+    return found
+
+
+def test_a_missing_reduction_is_seen(reference: dict[str, Outcome]) -> None:
+    for found in run_distributed(with_bugs, 2):
+        for bug, outcome in zip(BUGS, found, strict=True):
+            assert compare(reference["video_dit"], outcome).worst > 1e-3, bug.__name__
 
 
 def test_no_gradient_is_missing(reference: dict[str, Outcome]) -> None:
