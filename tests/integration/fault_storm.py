@@ -362,8 +362,9 @@ def storm(rounds: int, seed: int, directory: Path) -> dict[str, Any]:
         for kind in sorted({entry["fault"] for entry in cost})
         if (of_kind := [entry for entry in cost if entry["fault"] == kind])
     }
-    return {"rounds": rounds, "seed": seed, "checkpoint_every": EVERY, "cores": os.cpu_count(), "minutes": round((time.monotonic() - begin) / 60, 1),
-            "runs": results, "lost_by_fault": lost, "faults": cost}  # fmt: skip
+    minutes = round((time.monotonic() - begin) / 60, 1)
+    facts = {"rounds": rounds, "seed": seed, "checkpoint_every": EVERY, "cores": os.cpu_count(), "minutes": minutes}
+    return facts | {"runs": results, "lost_by_fault": lost, "faults": cost}
 
 
 def main() -> None:
