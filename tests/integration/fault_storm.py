@@ -9,6 +9,7 @@ sample of NaNs is in the data, so that some steps of either are skipped.
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -48,17 +49,18 @@ STALLED = 8.0  # seconds without a step: then a watchdog kills
 TMPFS = 24 << 20  # bytes for checkpoints: small enough to fill
 
 
-def draw_latents(directory: Path) -> None:
-    """Noise around two colours, one sample of NaNs."""
+def draw_latents(directory: Path, factors: dict[int, float]) -> None:
+    """Noise around two colours; some samples are multiplied by a factor that ruins them."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    encoder = SmallTextEncoder.create(["a red wall", "a blue wall"], width=16)
+    captions = ["a red wall", "a blue wall"]
+    encoder = SmallTextEncoder.create(captions, width=16)
     encoder.save(directory / "text")
-    red, blue, null = encoder.encode(["a red wall", "a blue wall", ""])
+    red, blue, null = encoder.encode([*captions, ""])
     with ShardWriter(directory, samples_per_shard=8) as writer:
         for i in range(SAMPLES):
             latent = torch.randn(3, 6, 16, 16, generator=generator) * 0.3 + (i % 2) - 0.5
-            latent = latent * float("nan") if i == 17 else latent
+            latent = latent * factors.get(i, 1.0)
             text = (red, blue)[i % 2]
             tensors = {
                 "mean": latent,
@@ -67,7 +69,7 @@ def draw_latents(directory: Path) -> None:
                 "pooled": text.pooled,
             }
             facts = {"kind": "video", "frames": 6, "fps": 8.0, "height": 16, "width": 16, "temporal_compression": 1,
-                     "caption_tokens": len(text.tokens), "label": i % 2}  # fmt: skip
+                     "caption_tokens": len(text.tokens), "label": i % 2, "caption": captions[i % 2]}  # fmt: skip
             writer.write({"__key__": f"s{i:03d}", "json": facts, "safetensors": save(tensors)})
     made = EncodeConfig(vae="pixels", text=str(directory / "text"), output=str(directory), latent_dtype="float32")
     buckets = BucketConfig(resolutions=(16,), frames=(1, 6), aspects=("1:1",), multiple=16)
@@ -325,7 +327,7 @@ def compare(run: Path, reference: Path, last: int) -> dict[str, Any]:
 
 def storm(rounds: int, seed: int, directory: Path) -> dict[str, Any]:
     """Runs it in `directory`; the report. AssertionError where anything is not as it must be."""
-    draw_latents(directory / "latents")
+    draw_latents(directory / "latents", {17: math.nan})
     config = write_config(directory)
     chance, begin = random.Random(seed), time.monotonic()
     storms = [Storm("fixed", config, chance, [FIXED]), Storm("moving", config, chance, MOVING)]
