@@ -24,6 +24,7 @@ from megasora.encoders import open_stage, to_pixels
 from megasora.engines.optim import learning_rate
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckpointError, ConfigError
+from megasora.init_from import init_from
 from megasora.microbatch import Recipe, build_microbatch, build_rows, draw_frames, drops_caption, training_loss
 from megasora.models.first_stage import FirstStage
 from megasora.models.packing import in_patches
@@ -31,7 +32,7 @@ from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, history, read_lines
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import Processes
-from megasora.resume import load_weights, logged_replacements
+from megasora.resume import logged_replacements
 from megasora.schema import Config
 from megasora.segments import Segment, segments_of
 from megasora.training_data import build_loader, open_data
@@ -90,7 +91,7 @@ def replay(config: Config, step: int, group: Processes) -> Replay:
         facts = load(path, engine.tensors(), verified=True)
         engine.loaded()
     elif config.run.init_from:
-        load_weights(place_of(config.run.init_from), engine)
+        init_from(place_of(config.run.init_from), config, engine, run)
         engine.loaded()
     log.info("from step %d, %d updates to step %d", start, step - 1 - start, step)
     skipped = {line["step"] for line in read_lines(run / EVENTS) if line["event"] == "skipped"}

@@ -13,6 +13,7 @@ from megasora.checkpoint.manifest import MANIFEST, Place, Problem, place_of, wri
 from megasora.config import flatten, to_dict
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckpointError, ConfigError
+from megasora.init_from import init_from, is_source
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, read_lines
 from megasora.schema import Config
@@ -50,11 +51,14 @@ def find_start(config: Config, data: TrainingData) -> Start:
     root = run / "checkpoints"
     if config.run.resume == "none" and list_checkpoints(root):
         raise ConfigError(f"run.resume=none: {run} has checkpoints; give another run.dir, or run.resume=auto to go on")
-    for key, path in (("run.resume", config.run.resume), ("run.init_from", config.run.init_from)):
-        if path not in ("", "auto", "none") and not (place_of(path) / MANIFEST).exists():
-            raise CheckpointError(
-                f"{key}={path}: no checkpoint here; name a step directory, RUN/checkpoints/step-XXXXXXXX"
-            )
+    if config.run.resume not in ("auto", "none") and not (place_of(config.run.resume) / MANIFEST).exists():
+        raise CheckpointError(
+            f"run.resume={config.run.resume}: no checkpoint here; name a step directory, RUN/checkpoints/step-XXXXXXXX"
+        )
+    if config.run.init_from and not is_source(place_of(config.run.init_from)):
+        raise CheckpointError(
+            f"run.init_from={config.run.init_from}: no checkpoint here; name a step directory or one of diffusers"
+        )
     resume = resume_path(root, config.run.resume, config.checkpoint.durable)
     obey = logged_replacements(run)
     if resume.path is None:
@@ -76,18 +80,8 @@ def load_start(start: Start, config: Config, engine: Engine) -> None:
         load(start.source, engine.tensors(), verified=True)
         engine.loaded()
     elif config.run.init_from:
-        load_weights(place_of(config.run.init_from), engine)
+        init_from(place_of(config.run.init_from), config, engine, Path(config.run.dir))
         engine.loaded()
-
-
-def load_weights(path: Place, engine: Engine) -> None:
-    """Only the weights: the averaged ones of a checkpoint, into the model and into its average."""
-    ema = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("ema/")}
-    model = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("model/")}
-    load(path, model, prefix="model/")
-    if ema:
-        load(path, ema, prefix="ema/")
-    log.info("weights from %s", path)
 
 
 def check_same_run(facts: dict[str, Any], config: Config, data: TrainingData, path: Place) -> bool:

@@ -36,7 +36,12 @@ class RunConfig:
         None  # stop after so many steps (default: the stages' own); the last stage goes on if they are fewer
     )
     resume: str = "auto"  # auto: the newest good checkpoint; none: refuse a directory with checkpoints; or a PATH
-    init_from: str = ""  # a checkpoint whose weights alone are taken, when there is none to resume from
+    init_from: str = (
+        ""  # a checkpoint or a diffusers directory whose weights are taken, when there is none to resume from
+    )
+    init_rules: dict[str, Literal["repeat", "inflate", "zero", "new"]] = field(
+        default_factory=dict
+    )  # name or pattern -> how a weight of it that does not fit is made to
     allow_change: tuple[str, ...] = ()  # keys that may differ from the checkpoint's config, `data` for the data itself
     determinism: Literal["replay", "bitwise"] = "replay"
 

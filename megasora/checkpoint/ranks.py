@@ -27,9 +27,9 @@ class Ranks:
     A failure on one becomes the same error on all: a CheckpointError, or what it was if it is one of ours.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
         self.group = group
-        self.joined = dist.is_available() and dist.is_initialized()
+        self.joined = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.joined else 0
         self.world = dist.get_world_size() if self.joined else 1
 

@@ -20,7 +20,9 @@ from megasora.checkpoint.writer import Writer
 from megasora.errors import CheckpointError
 
 
-def save(root: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> Path:
+def save(
+    root: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], ranks: Ranks | None = None
+) -> Path:
     """Saves `tensors` and rank 0's `facts` (JSON) as `root/step-XXXXXXXX`, and returns that path on every rank.
 
     All ranks call it. A name means one tensor of the whole run: a DTensor is written once, in shards, and of a plain
@@ -30,7 +32,7 @@ def save(root: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: dict
     CheckpointError on all ranks if anything fails on one of them (a full disk, facts that are not JSON): what was there
     before is still there, and nothing half is.
     """
-    ranks = Ranks()
+    ranks = ranks or Ranks()
     shares = plan_shares(ranks, f"saving step {step} in {root}", tensors)
     return write(ranks, root, step, shares, facts, check=lambda: None)
 

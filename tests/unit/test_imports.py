@@ -17,6 +17,7 @@ LAYERS = [
         "megasora.build",
         "megasora.resume",
         "megasora.export",
+        "megasora.init_from",
         "megasora.segments",
         "megasora.sampling",
         "megasora.training_data",
