@@ -18,7 +18,7 @@ from megasora.models.attention import find_attention
 from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
-from megasora.parallel.plan import PLANS, check_layout
+from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
 
@@ -27,10 +27,8 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
     find_attention(config.model.attention)
     check_layout(config.model, group.layout)
-    if group.layout.tp > 1 and (config.eval.every or config.eval.loss_every):
-        raise ConfigError(
-            f"eval.every={config.eval.every}: not with tensor parallelism in this version; 0, also eval.loss_every"
-        )
+    if config.eval.every:
+        check_rollout(config, group)
     for key, path in (
         ("clip", config.eval.clip),
         ("fvd", config.eval.fvd),
@@ -82,6 +80,12 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
         )
 
 
+def check_rollout(config: Config, group: Processes) -> None:
+    """Raises ConfigError, with the nearest layout that works, where the videos of a layout's model cannot be made."""
+    if group.layout.pp > 1 and chunk_of(config.model):
+        raise refusal(group.layout, "a chunk-causal model makes videos (eval.every) without stages", pp=1)
+
+
 def open_run_directory(config: Config, group: Processes) -> Path:
     """Creates run.dir and starts the logs. Raises ConfigError when it cannot be."""
     run = Path(config.run.dir)
@@ -102,7 +106,7 @@ def build_engine(config: Config, group: Processes, blank: bool = False) -> Engin
     build = partial(build_model, config.model)
     plan = PLANS.get(config.model.family, [])
     seed = None if blank else fold(config.run.seed, "weights")
-    return TorchNative(build, seed, group, config.precision, config.optim, plan)
+    return TorchNative(build, seed, group, config.parallel, config.precision, config.optim, plan)
 
 
 def find_objective(config: Config) -> Objective | None:

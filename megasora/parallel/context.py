@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from megasora.models.attention import Attention
+from megasora.models.attention import Attention, flash_of
 from megasora.models.packing import Order, Segments, Windows, stretch
 from megasora.parallel.ring import ring_attention
 
@@ -80,7 +80,7 @@ class ContextAttention:
             whole = Segments(held[0], qkv.device)
             y = self.attention(q, k, v, whole, whole)
         else:
-            y = ring_attention(q, k, v, held, context.ring)
+            y = ring_attention(q, k, v, held, context.ring, flash_of(self.attention))
         return y if order is None else y.index_select(0, order[1].to(y.device))
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from megasora.parallel.pipeline import Place
 
 LINKS = ("pp_forward_even", "pp_forward_odd", "pp_backward_even", "pp_backward_odd")
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,15 @@ class Processes:
     def part(self, width: int) -> tuple[int, int, int]:
         """Which stretch is this process's of a row that `width` of the cp ranks share, of how many, and how many its attention
         layers see together."""
-        tp = self.layout.tp
-        return self.place["cp"] % width * tp + self.place["tp"], width * tp, tp
+        tp, place = self.layout.tp, self.place["cp"] % width
+        if not self.layout.sequence_parallel:
+            return place, width, 1
+        return place * tp + self.place["tp"], width * tp, tp
+
+    @property
+    def share(self) -> float:
+        """Of the loss on its tokens: a tensor group that does not divide the tokens divides the loss."""
+        return 1.0 if self.layout.sequence_parallel else 1.0 / self.layout.tp
 
     @cached_property
     def shards(self) -> DeviceMesh:
@@ -83,8 +94,20 @@ class Processes:
         return Place(self.place["pp"], layout.pp, layout.schedule, (groups[0], groups[1]), (groups[2], groups[3]))
 
     @property
+    def speaks(self) -> bool:
+        """Whether this process is the one of its replica that writes down what all of them have."""
+        return not any(self.place[axis] for axis in ("pp", "cp", "tp"))
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def on_main(group: Processes, mine: dict[int, T]) -> dict[int, T]:
+    """What all processes have, by number, on the main one; the others get nothing."""
+    found: list[dict[int, T]] | None = [mine] * group.world if group.is_main else None
+    dist.gather_object(mine, found)
+    return {number: value for share in found or [] for number, value in share.items()}
 
 
 def world_size() -> int:

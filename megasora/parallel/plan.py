@@ -24,6 +24,13 @@ MLP: list[tuple[str, Style]] = [
 ]
 PLANS: dict[str, list[tuple[str, Style]]] = {
     "video_dit": [*ATTENTION, (r"blocks\.\d+\.(?:self|cross)_attention\.norm_[qk]", "norm"), *MLP],
+    "mmdit": [  # captions of a refiner are refined whole on every rank, and each goes on with its own stretch
+        (r"(blocks\.\d+\.(?:text|video)\.qkv)\.[qkv]", "column"),
+        (r"(blocks\.\d+\.(?:text|video)\.mlp)\.0", "column"),
+        (r"blocks\.\d+\.(?:text|video)\.(?:out|mlp\.2)", "row"),
+        (r"(blocks\.\d+)\.(?:qkv\.[qkv]|mlp)", "column"),
+        (r"blocks\.\d+\.out", "row"),
+    ],
     "stdit": [*ATTENTION, *MLP],
     "dit": [*ATTENTION, *MLP],
 }
