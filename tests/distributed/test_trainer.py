@@ -18,7 +18,13 @@ def bare(**facts: Any) -> Trainer:
     """A trainer that has only what the method under test asks for."""
     made = object.__new__(Trainer)
     vars(made).update(
-        {"journal": None, "bad_samples": 0, "group": SimpleNamespace(device=torch.device("cpu")), **facts}
+        {
+            "journal": None,
+            "bad_samples": 0,
+            "group": SimpleNamespace(device=torch.device("cpu"), world=2),
+            "saver": SimpleNamespace(done=False),
+            **facts,
+        }
     )
     return made
 
