@@ -61,7 +61,7 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
             raise ConfigError(
                 f"model.patch={list(config.model.patch)}: does not divide the {sizes} latent of bucket {bucket}"
             )
-    unit = math.lcm(2 * group.layout.tp * group.layout.cp, 128)
+    unit = math.lcm(2 * group.layout.tp * group.layout.cp, 128) * (group.layout.cp if group.layout.dynamic else 1)
     largest = max(
         tokens_of(bucket, latents.compression, config.model.patch)
         for stage in config.stages

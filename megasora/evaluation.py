@@ -89,7 +89,13 @@ def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[
         return []
     stage, text = open_encoders(config.encode, config.data.latents_at, group.device)
     generator = Generator(
-        engine.predict, config.model, objective, config.objective, settings, group.device, multiple=group.part[1]
+        engine.predict,
+        config.model,
+        objective,
+        config.objective,
+        settings,
+        group.device,
+        multiple=group.part(group.layout.cp)[1],
     )
     prompts, mine = make_prompts(settings, text), {}
     with engine.averaged():

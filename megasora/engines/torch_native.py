@@ -34,6 +34,11 @@ class Part(Protocol):
     @property
     def row(self) -> PackedRow: ...
 
+    @property
+    def width(self) -> int:
+        """How many of the context-parallel ranks share it; 0: all."""
+        ...
+
     def part(self, index: int, parts: int, shared: int) -> Any: ...
 
 
@@ -111,7 +116,7 @@ class TorchNative:
         with torch.device("meta"):
             model = build()
         if layout.cp > 1:
-            model.attention = ContextAttention(model.attention, processes.context)
+            model.attention = ContextAttention(model.attention, processes.contexts)
         if layout.tp > 1:
             split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
@@ -138,8 +143,7 @@ class TorchNative:
         self.ema = {name: p.detach().clone() for name, p in self.owned.items()} if optim.ema else {}
 
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[Answering, Row], Tensor]) -> Tensor:
-        layout = self.processes.layout
-        mine = [row.part(*self.processes.part) if layout.cp * layout.tp > 1 else row for row in rows]
+        mine = [self._mine(row) for row in rows]
         if self.pipeline is not None:
             total = self.pipeline.step(mine, self._autocasting(loss), self._backward)
         else:
@@ -154,6 +158,11 @@ class TorchNative:
         self._reduce()
         dist.all_reduce(total)
         return total
+
+    def _mine(self, row: Row) -> Row:
+        """This rank's stretch of a row."""
+        index, parts, shared = self.processes.part(row.width or self.processes.layout.cp)
+        return row.part(index, parts, shared) if parts > 1 else row
 
     def _backward(self, y: Tensor, gradient: Tensor | None, last: bool) -> None:
         """Of a loss, or of what a stage gave, whose gradient came back. Gradients travel with the last one of a step."""
@@ -264,7 +273,7 @@ class TorchNative:
     @torch.no_grad()
     def predict(self, row: PackedRow, *options: Any) -> Tensor:
         """The row is cut as in training. With options of the model's (cached keys) only the tensor group cuts it."""
-        index, parts, shared = self.processes.part
+        index, parts, shared = self.processes.part(self.processes.layout.cp)
         if options:
             index, parts = index % shared, shared
         mine = row.part(index, parts, shared) if parts > 1 else row

@@ -12,7 +12,9 @@ from typing import Literal
 
 import torch
 from megasora_kernels.gated import gated
+from megasora_kernels.gated_layernorm import gated_layernorm
 from megasora_kernels.layernorm_modulate import layernorm_modulate
+from megasora_kernels.qknorm_rope import rotation_table
 from torch import Tensor, nn
 
 from megasora.models.attention import find_attention
@@ -23,7 +25,6 @@ from megasora.models.layers import (
     RMSNorm,
     axial_angles,
     init_linears_and_norms,
-    rotate,
     timestep_embedding,
     together,
 )
@@ -128,9 +129,13 @@ class Joint:
 
     def meet(self, text: Tensor, video: Tensor) -> Tensor:
         """[pieces · M, ...] and [pieces · L, ...] -> [J, ...] as attention sees it."""
+        return self.enter(self.beside(text, video))
+
+    def beside(self, text: Tensor, video: Tensor) -> Tensor:
+        """[pieces · M, ...] and [pieces · L, ...] -> [pieces · (M + L), ...]."""
         shape = (self.pieces, self.text), (self.pieces, -1)
         both = [x.unflatten(0, sizes) for x, sizes in zip((text, video), shape, strict=True)]
-        return self.enter(torch.cat(both, dim=1).flatten(0, 1))
+        return torch.cat(both, dim=1).flatten(0, 1)
 
     def part(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `meet`."""
@@ -144,7 +149,8 @@ class MMSetting(Setting):
 
     joint: Joint
     condition: Tensor  # [S + R, D] fp32: of the samples' texts, then of the runs
-    angles: Tensor  # [J, K/2] fp32
+    rotation: Tensor  # [pieces · (M + L), K/2, 2] fp32, before tokens meet; text is not turned
+    video_rotation: Tensor  # [pieces · L, K/2, 2], the video's
 
 
 def join(row: PackedRow) -> Joint:
@@ -196,9 +202,10 @@ class QKV(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(head_width, eps), RMSNorm(head_width, eps)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v))  # [L, N, K]
-        return self.norm_q(q), self.norm_k(k), v
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.norm_q.by_head(self.q(x), self.head_width, rotation)  # [L, N, K]
+        k = self.norm_k.by_head(self.k(x), self.head_width, rotation)  # [L, N, K]
+        return q, k, self.v(x).unflatten(-1, (-1, self.head_width))
 
 
 class Stream(nn.Module):
@@ -213,17 +220,18 @@ class Stream(nn.Module):
         self.out = nn.Linear(D, D)
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
 
-    def before(self, x: Tensor, modulation: tuple[Tensor, ...], owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before(
+        self, x: Tensor, modulation: tuple[Tensor, ...], owner: Tensor, rotation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [L, D], six of [R, D], the row of them of each token [L] -> q, k, v [L, N, K]."""
         shift, scale = modulation[:2]
-        return self.qkv(layernorm_modulate(x, scale, shift, owner, self.eps))
+        return self.qkv(layernorm_modulate(x, scale, shift, owner, self.eps), rotation)
 
     def after(self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], owner: Tensor) -> Tensor:
         """x [L, D] and what attention found for it, y [L, D] -> [L, D]."""
         gate1, shift2, scale2, gate2 = modulation[2:]
-        x = gated(x, self.out(y), gate1, owner)
-        y = self.mlp(layernorm_modulate(x, scale2, shift2, owner, self.eps))  # [L, D]
-        return gated(x, y, gate2, owner)
+        x, y = gated_layernorm(x, self.out(y), gate1, scale2, shift2, owner, self.eps)  # [L, D] each
+        return gated(x, self.mlp(y), gate2, owner)
 
 
 class DoubleBlock(nn.Module):
@@ -234,15 +242,14 @@ class DoubleBlock(nn.Module):
         self.text, self.video = Stream(config), Stream(config)
 
     def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
-        joint, angles, S = setting.joint, setting.angles, len(setting.row.shapes)
+        joint, S = setting.joint, len(setting.row.shapes)
         text, video = x.tensor_split([joint.text])  # [M, D], [L, D]
         sample, run = joint.owner[: joint.text], setting.row.runs.index  # [M], [L]
         text_modulation = self.text.modulation(setting.condition[:S])  # six [S, D]
         video_modulation = self.video.modulation(setting.condition[S:])  # six [R, D]
         text_qkv = self.text.before(text, text_modulation, sample)  # three [M, N, K]
-        video_qkv = self.video.before(video, video_modulation, run)  # three [L, N, K]
+        video_qkv = self.video.before(video, video_modulation, run, setting.video_rotation)  # three [L, N, K]
         q, k, v = (joint.meet(*pair) for pair in zip(text_qkv, video_qkv, strict=True))  # [J, N, K]
-        q, k = rotate(q, angles), rotate(k, angles)
         y = setting.attention(q, k, v, joint.samples, joint.samples).flatten(-2)  # [J, D]
         text_seen, video_seen = joint.part(y)  # [M, D], [L, D]
         text = self.text.after(text, text_seen, text_modulation, sample)  # [M, D]
@@ -264,11 +271,10 @@ class SingleBlock(nn.Module):
         self.out = nn.Linear(D + config.ffn, D)
 
     def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
-        joint, angles = setting.joint, setting.angles
+        joint = setting.joint
         shift, scale, gate = self.modulation(setting.condition)  # three [S + R, D]
         y = layernorm_modulate(x, scale, shift, joint.owner, self.eps)  # [M + L, D]
-        q, k, v = (joint.enter(part) for part in self.qkv(y))  # [J, N, K]
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = (joint.enter(part) for part in self.qkv(y, setting.rotation))  # [J, N, K]
         seen = joint.leave(setting.attention(q, k, v, joint.samples, joint.samples))  # [M + L, N, K]
         hidden = nn.functional.gelu(self.mlp(y), approximate="tanh").unflatten(
             -1, (seen.shape[1], -1)
@@ -332,9 +338,9 @@ class MMDiT(Model[MMSetting]):
         with torch.autocast(row.tokens.device.type, enabled=False):
             condition = self._condition(row, guidance)  # [S + R, D], fp32
             angles = axial_angles(row.attended.grid, self.config.axes, self.config.theta)  # [pieces · L, K/2], fp32
-            text_angles = angles.new_zeros(joint.pieces * joint.text, angles.shape[1])  # text is not turned
-            angles = joint.meet(text_angles, angles)  # [J, K/2]
-        return MMSetting(row, self.attention, joint, condition, angles)
+            text_angles = angles.new_zeros(joint.pieces * joint.text, angles.shape[1])
+            both = rotation_table(joint.beside(text_angles, angles))  # [pieces · (M + L), K/2, 2]
+        return MMSetting(row, self.attention, joint, condition, both, rotation_table(angles))
 
     def enter(self, setting: MMSetting) -> Tensor:
         """[L, P] -> [M + L, D]: this part's text and video."""

@@ -43,13 +43,13 @@ class Processes:
         """Which data-parallel share of the global batch is this process's."""
         return self.place["dp_replicate"] * self.layout.dp_shard + self.place["dp_shard"]
 
-    @property
-    def part(self) -> tuple[int, int, int]:
-        """Which stretch of a row's tokens is this process's, of how many, and how many its attention layers see together."""
-        layout = self.layout
-        if not layout.sequence_parallel:
-            return self.place["cp"], layout.cp, 1
-        return self.place["cp"] * layout.tp + self.place["tp"], layout.cp * layout.tp, layout.tp
+    def part(self, width: int) -> tuple[int, int, int]:
+        """Which stretch is this process's of a row that `width` of the cp ranks share, of how many, and how many its attention
+        layers see together."""
+        tp, place = self.layout.tp, self.place["cp"] % width
+        if not self.layout.sequence_parallel:
+            return place, width, 1
+        return place * tp + self.place["tp"], width * tp, tp
 
     @property
     def share(self) -> float:
@@ -74,10 +74,16 @@ class Processes:
         return self.mesh["dp_replicate", "dp_shard", "cp"]._flatten("replicas")
 
     @cached_property
-    def context(self) -> Context:
-        """The groups that exchange tokens for heads, and those that form rings."""
-        cp = self.mesh["cp"]._unflatten(0, (self.layout.ring, self.layout.ulysses), ("ring", "ulysses"))
-        return Context(cp["ulysses"].get_group(), cp["ring"].get_group(), (self.layout.ulysses, self.layout.ring))
+    def contexts(self) -> dict[int, Context]:
+        """The groups that exchange tokens for heads, and those that form rings, by the number of ranks that share a row."""
+        found = {}
+        for width in self.layout.widths:
+            if width > 1:
+                ulysses, ring = self.layout.context(width)
+                names = (f"rows_of_{width}", f"ring_of_{width}", f"ulysses_of_{width}")
+                cp = self.mesh["cp"]._unflatten(0, (self.layout.cp // width, ring, ulysses), names)
+                found[width] = Context(cp[names[2]].get_group(), cp[names[1]].get_group(), (ulysses, ring))
+        return found
 
     @cached_property
     def pipeline(self) -> Place:

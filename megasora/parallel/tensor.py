@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
+from megasora_kernels.qknorm_rope import qknorm_rope
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from megasora.models.layers import RMSNorm
 
 Style = Literal["column", "column_whole", "row", "norm"]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # F.linear, or another that stands for it
 
 
 class Gather:
@@ -47,12 +49,13 @@ class ColumnLinear(nn.Module):
     def __init__(self, whole: nn.Linear, mesh: DeviceMesh, gather: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.gather = gather
+        self.product: Product = F.linear
         self.weight = split(whole.weight, mesh, 0)
         self.bias = split(whole.bias, mesh, 0) if whole.bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[L/tp, D], or whatever is gathered to [L, D] -> [L, outputs/tp]."""
-        return F.linear(self.gather(x), here(self.weight), None if self.bias is None else here(self.bias))
+        return self.product(self.gather(x), here(self.weight), None if self.bias is None else here(self.bias))
 
 
 class RowLinear(nn.Module):
@@ -61,11 +64,12 @@ class RowLinear(nn.Module):
     def __init__(self, whole: nn.Linear, mesh: DeviceMesh, add_up: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.add_up = add_up
+        self.product: Product = F.linear
         self.weight, self.bias = split(whole.weight, mesh, 1), whole.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[L, inputs/tp] -> what is left of [L, D] after adding up over the group: [L/tp, D], or all."""
-        y = self.add_up(F.linear(x, here(self.weight)))
+        y = self.add_up(self.product(x, here(self.weight), None))
         return y if self.bias is None else y + self.bias.type_as(y)
 
 
@@ -83,6 +87,10 @@ class SplitRMSNorm(nn.Module):
         squares = y.square().sum(-1, keepdim=True)  # [L, 1]
         mean = AllReduce.apply(squares, self.mesh) / self.width  # [L, 1]
         return (y * torch.rsqrt(mean + self.eps) * here(self.weight).float()).type_as(x)
+
+    def by_head(self, x: Tensor, head_width: int, rotation: Tensor | None) -> Tensor:
+        """[L, D/tp] -> [L, N/tp, K], as of an RMSNorm."""
+        return qknorm_rope(self(x), None, rotation, head_width)
 
 
 class AllReduce(torch.autograd.Function):

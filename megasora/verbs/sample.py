@@ -71,7 +71,7 @@ def sample(config: Config) -> list[Path]:
         generator = Generator(
             nn.Identity(), config.model, objective, config.objective, wanted, group.device,
             lambda: progress(next(ticks), predictions(config, stage) * len(mine), "predictions") if group.is_main else None,
-            multiple=group.part[1],
+            multiple=group.part(group.layout.cp)[1],
         )  # fmt: skip
         first_shape(generator, stage)  # refuses sizes before weights are read
         generator.predict, step = load_model(config, group)
