@@ -105,7 +105,8 @@ def build_engine(config: Config, group: Processes) -> Engine:
         torch.use_deterministic_algorithms(True)
     build = partial(build_model, config.model)
     plan = PLANS.get(config.model.family, [])
-    return TorchNative(build, fold(config.run.seed, "weights"), group, config.precision, config.optim, plan)
+    seed = fold(config.run.seed, "weights")
+    return TorchNative(build, seed, group, config.parallel, config.precision, config.optim, plan)
 
 
 def find_objective(config: Config) -> Objective | None:

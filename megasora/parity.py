@@ -74,7 +74,7 @@ def run(config: Config, group: Processes) -> Outcome:
     if COUNT % group.layout.dp:
         raise ConfigError(f"parallel.layout={group.layout}: parity divides {COUNT} rows among data-parallel ranks")
     engine = TorchNative(
-        noisy(partial(build_model, config.model)), fold(config.run.seed, "weights"), group, config.precision,
+        noisy(partial(build_model, config.model)), fold(config.run.seed, "weights"), group, config.parallel, config.precision,
         replace(config.optim, ema=0.0), PLANS.get(config.model.family, []),
     )  # fmt: skip
     mine = list(range(COUNT))[group.data_rank :: group.layout.dp]

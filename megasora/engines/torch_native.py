@@ -20,8 +20,10 @@ from megasora.engines.optim import OptimConfig, build_optimizers
 from megasora.models.base import Model
 from megasora.models.packing import PackedRow
 from megasora.parallel.context import ContextAttention
+from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import Processes
 from megasora.parallel.pipeline import Pipeline, Stages, on_all_stages
+from megasora.parallel.remat import recompute
 from megasora.parallel.tensor import Style, gathered, is_split, split_model
 from megasora.parallel.zero import OptimizerShards, all_reduce_together, local, shard_model
 
@@ -107,6 +109,7 @@ class TorchNative:
         build: Callable[[], Model[Any]],
         seed: int,
         processes: Processes,
+        parallel: ParallelConfig,
         config: EngineConfig,
         optim: OptimConfig,
         plan: list[tuple[str, Style]],
@@ -120,6 +123,7 @@ class TorchNative:
         if layout.tp > 1:
             split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
+        recompute(model.blocks.children(), parallel.recompute, parallel.offload)
         lower = config.precision == "bf16"
         self.fsdp = layout.zero >= 2
         if self.fsdp:

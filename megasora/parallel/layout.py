@@ -12,6 +12,20 @@ TERM = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes share the work: `auto`, or terms such as dp4,zero2 or pp2,tp4. What blocks keep for their backward pass:
+    everything (`recompute=none`), what was dear to compute (selective), what entered them (full, or of every K-th: everyK)."""
+
+    layout: str = "auto"
+    recompute: str = "none"
+    offload: bool = False  # what blocks keep waits in the host's memory
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"none|selective|full|every[1-9]\d*", self.recompute):
+            raise ValueError(f"recompute={self.recompute}: is not one of none, selective, full, everyK such as every2")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Degrees of each kind of parallelism. The world is their product."""
 

@@ -31,12 +31,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(family: str) -> Config:
+def config_of(family: str, recompute: str = "none") -> Config:
     model = [
         f"--model.{key}={json.dumps(value) if isinstance(value, list) else value}"
         for key, value in FAMILIES[family].items()
     ]
-    return load_config(None, [*model, "--run.seed=3"])
+    return load_config(None, [*model, "--run.seed=3", f"--parallel.recompute={recompute}"])
 
 
 def outcomes(cases: list[tuple[str, str]]) -> list[Outcome]:
@@ -44,11 +44,12 @@ def outcomes(cases: list[tuple[str, str]]) -> list[Outcome]:
     found = []
     for family, layout in cases:
         world, rank = dist.get_world_size(), dist.get_rank()
+        layout, _, recompute = layout.partition("@")
         parsed = parse_layout(layout, world)
         shape = (parsed.pp, parsed.dp_replicate, parsed.dp_shard, parsed.cp, parsed.tp)
         mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
         group = Processes(rank, world, torch.device("cpu"), parsed, mesh)
-        found.append(run(config_of(family), group))
+        found.append(run(config_of(family, recompute or "none"), group))
     return found
 
 
@@ -58,19 +59,20 @@ def reference() -> dict[str, Outcome]:
     return dict(zip(FAMILIES, found, strict=True))
 
 
-# By the number of processes, family: layouts. Those of a number share their processes.
+# By the number of processes, family: layouts, and after @ what blocks recompute. Those of a number share their processes.
 CASES = {
     2: {
-        "video_dit": "dp2 dp2,zero1 dp2,zero2 dp2,zero3 cp2x1 cp1x2 dp1,cp2,zero3 cp2:dynamic tp2 tp2:nosp pp2 tp2,dp1,zero1",
-        "stdit": "tp2 pp2 cp2x1", "dit": "tp2 pp2 cp1x2", "chunks": "tp2 pp2 cp2x1",
+        "video_dit": "dp2 dp2,zero1 dp2,zero2 dp2,zero3@full cp2x1@full cp1x2@selective dp1,cp2,zero3 cp2:dynamic"
+        " tp2 tp2@selective tp2:nosp pp2@full tp2,dp1,zero1",
+        "stdit": "tp2@full pp2 cp2x1", "dit": "tp2 pp2@every2 cp1x2", "chunks": "tp2 pp2 cp2x1",
         "mmdit": "tp2 pp2 cp1x2", "refiner": "tp2 pp2 cp2x1 tp2:nosp", "deep": "pp2:interleaved pp2:gpipe",
     },
     4: {
         "video_dit": "hsdp2x2 cp2x2 dp2,cp2,zero3 tp4 dp2,tp2,zero1 tp2,cp2 dp1,tp2,cp1x2,zero3 cp2x2:dynamic",
         "deep": "pp4 pp2:interleaved,dp2,zero2 pp2,tp2 pp2,dp2,zero3",
-        "mmdit": "tp2,cp2 dp1,cp4:dynamic,zero3", "refiner": "tp4", "stdit": "tp2,cp2 pp2,cp2,dp1,zero1",
+        "mmdit": "tp2,cp2@selective dp1,cp4:dynamic,zero3", "refiner": "tp4", "stdit": "tp2,cp2 pp2,cp2,dp1,zero1",
     },
-    8: {"deep": "pp2,tp2,dp2 dp2,cp2,tp2,zero3"},
+    8: {"deep": "pp2,tp2,dp2@full dp2,cp2,tp2,zero3@selective"},
 }  # fmt: skip
 MORE = {
     2: {"video_dit": "pp2:gpipe pp2,dp1,zero2", "stdit": "dp2,zero1 tp2:nosp", "dit": "dp2,zero1 tp2:nosp",

@@ -34,7 +34,9 @@ def differences(cases: list[tuple[str, str]]) -> list[float]:
         mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
         group = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), parsed, mesh)
         build = noisy(partial(build_model, config.model))
-        engine = TorchNative(build, 5, group, EngineConfig(), OptimConfig(), PLANS.get(config.model.family, []))
+        engine = TorchNative(
+            build, 5, group, config.parallel, EngineConfig(), OptimConfig(), PLANS.get(config.model.family, [])
+        )
         torch.manual_seed(5)
         whole = build()
         whole.init_weights()
