@@ -119,6 +119,7 @@ def train(recipe: fp8.FP8, steps: int = 300, product: Callable[..., Tensor] | No
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_losses_after_300_steps() -> None:
     """Each recipe's within 0.3 % of bf16's; gradients that are not scaled go elsewhere."""
     bf16 = train("none")
