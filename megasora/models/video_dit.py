@@ -200,7 +200,9 @@ class VideoDiT(Model[VideoSetting]):
         if cache is None:
             return chunk_windows(row.shapes, self.config.chunk, self.config.window, row.tokens.device)
         known = next((len(keys) for keys, _ in cache.values()), 0)
-        return row.video, Windows((0,), (known + row.video.total,))
+        first, *padding = row.video.lengths  # one video; padding sees itself
+        starts = (0, *(known + start for start in row.video.starts[1:]))
+        return row.video, Windows(starts, (known + first, *padding))
 
 
 def forward_macs(config: VideoDiTConfig, shape: Shape, text_tokens: int) -> int:

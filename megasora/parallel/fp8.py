@@ -223,7 +223,7 @@ def fp8_share(model: nn.Module, forward: Callable[[], Any], macs: float) -> floa
     """The share of a forward pass's multiply-adds that is in fp8: counted while `forward` runs, over the closed form `macs`."""
     counted = 0
 
-    def count(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> None:
+    def count(module: Any, given: tuple[Any, ...], result: Tensor) -> None:
         nonlocal counted
         counted += result[..., 0].numel() * module.get_parameter("weight").numel()
 
