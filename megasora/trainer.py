@@ -16,20 +16,25 @@ from data_pipelines.buckets import buckets_of
 from data_pipelines.errors import DataError
 from data_pipelines.loader import Replacement, StepBatch
 from megasora.build import build_engine, build_recipe, check_fit, open_run_directory
-from megasora.checkpoint.save import prune, save
+from megasora.checkpoint.directory import latest
+from megasora.checkpoint.fence import take_fence
+from megasora.checkpoint.load import load, resume_path
+from megasora.checkpoint.ranks import Ranks
+from megasora.checkpoint.saver import Saver
 from megasora.cluster.heartbeat import Heartbeat, heartbeat
 from megasora.cluster.origin import origin
 from megasora.cluster.signals import StopRequest, stop_on_signal
 from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
 from megasora.engines.optim import learning_rate
-from megasora.errors import StoppedEarly
+from megasora.errors import CheckpointError, StoppedEarly, StorageFull, Superseded
 from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
 from megasora.microbatch import Recipe, build_rows, training_loss
 from megasora.models.families import parameter_count
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
+from megasora.observe.spikes import SpikeWatch
 from megasora.parallel.mesh import Processes, processes, rank
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
@@ -38,7 +43,7 @@ from megasora.segments import Segment, segments_of
 from megasora.training_data import build_loader, check_current, open_data
 
 SAVE_MARGIN = 1.5  # a save may take so many times as long as the last one
-MAX_SKIPPED = 20  # steps in a row, before a run that learns nothing is ended
+MAX_SKIPPED = 20  # steps in a row without an update, before a run that learns nothing is ended
 
 
 def train(config: Config) -> None:
@@ -62,8 +67,16 @@ class Trainer:
         start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
         beat.keep_stacks(self.run_dir / "logs" / f"rank-{group.rank:05d}.stacks")
-        self.engine = build_engine(config, group)
+        self.fence = Ranks().every(
+            "", lambda: take_fence(self.run_dir, config.checkpoint.fence) if group.is_main else None
+        )
+        self.engine = build_engine(config, group, blank=start.source is not None)
         load_start(start, config, self.engine)
+        self.saver = Saver(
+            self.run_dir / "checkpoints", config.checkpoint, self.fence.check if self.fence else None, group.device
+        )
+        self.unsaved: CheckpointError | None = None  # why the last save failed, if it did
+        self.watch = SpikeWatch(config.spikes, start.recent)
         self.step, self.obey, self.breaks = start.step, start.obey, start.breaks
         self.segments = segments_of(config, self.breaks)
         self.last = self.segments[-1].end
@@ -88,6 +101,8 @@ class Trainer:
                 self.run_segment(segment)
         if self.step > self.last:
             log.info("nothing to do: %d steps are done, run.steps=%d", self.step, self.last)
+        if self.unsaved:
+            raise CheckpointError(f"the end of the run is not saved: {self.unsaved}")
         log.info("done: %d steps; everything lies in %s", self.step, self.run_dir)
 
     def run_segment(self, segment: Segment) -> None:
@@ -121,13 +136,14 @@ class Trainer:
 
             if stopping and self.too_late():
                 raise StoppedEarly(f"{self.stop.signal}: stopped after step {self.step}, with no time left to save it")
-            if self.step % self.config.checkpoint.every == 0 or self.step == self.last or stopping:
-                self.save(segment)
+            score = self.evaluate(stage) if self.due(self.config.eval.loss_every) else None
+            final = self.step == self.last or stopping
+            if self.saver.due(self.step) or final:
+                self.save(segment, score)
+            if final and self.saver.step is not None:
+                self.finish_save()
             if stopping and self.step < self.last:
-                why = self.stop.signal or "a signal to another process"
-                raise StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command goes on from there")
-            if self.due(self.config.eval.loss_every):
-                self.evaluate(stage)
+                raise self.stopped_early()
             if self.due(self.config.eval.every):
                 self.show()
         batches.close()
@@ -138,7 +154,12 @@ class Trainer:
         judge = FirstCall(training_loss(recipe), self.group.device)
         loss = self.engine.forward_backward(rows, judge).item()
         grad_norm = self.engine.clip().item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        spike = self.watch.judge(loss, grad_norm) if finite else ""
+        if spike:
+            self.event("spike", step=self.step + 1, why=spike, policy=self.config.spikes.policy, samples=batch.keys)
+            log.warning("step %d is a spike: %s", self.step + 1, spike)
+        if finite and not (spike and self.config.spikes.policy != "record"):
             self.engine.update(lr)
             self.skipped = 0
         else:  # never reaches the weights
@@ -150,9 +171,25 @@ class Trainer:
                 raise DataError(
                     f"{self.config.data.path}: {MAX_SKIPPED} steps in a row without a finite loss; see {EVENTS}"
                 )
+            if spike and self.config.spikes.policy == "rollback":
+                self.roll_back()
         synchronize(self.group.device)
         self.forward_s = judge.seconds() if self.group.layout.pp == 1 else 0.0  # stages wait for each other
         return loss, grad_norm
+
+    def roll_back(self) -> None:
+        """Weights and optimizer of the newest good checkpoint; the order of the data goes on where it is."""
+        if self.saver.step is not None:
+            self.finish_save()
+        path = resume_path(self.run_dir / "checkpoints", "auto", self.config.checkpoint.durable).path
+        if path is None:
+            log.warning("no checkpoint to roll back to: the step is skipped")
+            return
+        facts = load(path, self.engine.tensors(), verified=True)
+        self.engine.loaded()
+        self.watch = SpikeWatch(self.config.spikes, facts.get("recent", []))
+        self.event("rollback", step=self.step + 1, to=facts["step"], path=str(path))
+        log.warning("rolled back to the weights of step %d", facts["step"])
 
     def next_batch(self, batches: Iterator[StepBatch], segment: int) -> tuple[StepBatch, bool]:
         """The next batch and whether to stop after it: both agreed by all ranks, replaced samples logged before use."""
@@ -164,9 +201,11 @@ class Trainer:
         replaced: list[Replacement] = batch.replacements if batch else []
         self.own_wait = time.perf_counter() - begin
         self.beat.enter(self.step + 1, "agree", " ".join(batch.buckets) if batch else "")
-        flags = torch.tensor([bool(self.stop), bool(failure), len(replaced)], device=self.group.device)
+        flags = torch.tensor([bool(self.stop), bool(failure), len(replaced), self.saver.done], device=self.group.device)
         dist.all_reduce(flags)
-        stopping, failed, bad = flags.tolist()
+        stopping, failed, bad, saved = flags.tolist()
+        if saved == self.group.world:
+            self.finish_save()
         if failed or bad:
             everyone: list[Any] = [None] * self.group.world
             dist.all_gather_object(everyone, (failure, replaced))
@@ -205,21 +244,63 @@ class Trainer:
             seconds_left = (self.last - self.step) * sum(self.step_times) / len(self.step_times)
             log.info("%s", console_line(metrics, self.last, seconds_left))
 
-    def save(self, segment: Segment) -> None:
-        """A checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
-        begin = time.perf_counter()
+    def save(self, segment: Segment, score: float | None) -> None:
+        """Begins a checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
         self.beat.enter(self.step, "save")
+        if self.saver.step is not None:
+            self.finish_save()
+        if self.saver.step is not None:  # it hangs
+            return
         facts = {
             "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first,
             "breaks": list(self.breaks), "config": to_dict(self.config), "fingerprint": self.data.fingerprint,
-            "layout": str(self.group.layout), "world": self.group.world,
+            "layout": str(self.group.layout), "world": self.group.world, "recent": list(self.watch.recent), "score": score,
         }  # fmt: skip
-        root = self.run_dir / "checkpoints"
-        path = save(root, self.step, self.engine.tensors(), facts)
-        prune(root, self.config.checkpoint)
-        self.save_seconds = seconds = time.perf_counter() - begin
-        self.event("save", step=self.step, path=str(path), seconds=round(seconds, 3))
-        log.info("saved %s in %.1f s", path, seconds)
+        try:
+            self.saver.start(self.step, self.engine.tensors(), facts)
+        except CheckpointError as error:
+            self.not_saved(error)
+        if not self.config.checkpoint.background and self.saver.step is not None:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Waits for the save in flight. A failure is no reason to stop: the last good checkpoint is still there."""
+        step = self.saver.step
+        try:
+            saved = self.saver.finish()
+        except Superseded:
+            raise
+        except CheckpointError as error:
+            self.not_saved(error)
+            return
+        if saved is None:
+            timeout = self.config.checkpoint.timeout
+            self.not_saved(
+                CheckpointError(f"the save of step {step} hangs for more than {timeout:.0f} s; look at the storage")
+            )
+            return
+        self.unsaved, self.save_seconds = None, saved.seconds
+        if saved.durable_failure:
+            self.event("copy_failed", step=saved.step, reason=saved.durable_failure)
+            log.warning("saved, but not copied to the durable store: %s", saved.durable_failure)
+        self.event("save", step=saved.step, path=str(saved.path), seconds=round(saved.seconds, 3),
+                   blocked_s=round(saved.blocked, 3), durable=str(saved.durable or ""))  # fmt: skip
+        log.info("saved %s in %.1f s, of which training waited %.1f s", saved.path, saved.seconds, saved.blocked)
+
+    def not_saved(self, error: CheckpointError) -> None:
+        self.unsaved = error
+        self.event("save_failed", step=self.step, reason=str(error))
+        log.warning("not saved, training goes on: %s", error)
+
+    def stopped_early(self) -> Exception:
+        """What to end with after a signal: 75 where there is a checkpoint and running the command again helps."""
+        why = self.stop.signal or "a signal to another process"
+        if not self.unsaved:
+            return StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command goes on from there")
+        good = Ranks().first("", lambda: latest(self.run_dir / "checkpoints"))
+        if good is None or isinstance(self.unsaved, StorageFull):
+            return CheckpointError(f"{why}: stopped after step {self.step}, which is not saved: {self.unsaved}")
+        return StoppedEarly(f"{why}: stopped, step {self.step} not saved ({self.unsaved}); going on from {good}")
 
     def too_late(self) -> bool:
         """Whether a save, judged by the last one, would outlast what a scheduler's warning leaves of the job. All ranks agree."""
@@ -231,8 +312,8 @@ class Trainer:
         """Whether something done every so many steps, and after the last, is due now."""
         return bool(every) and (self.step % every == 0 or self.step == self.last)
 
-    def evaluate(self, stage: Stage) -> None:
-        """The loss of fixed samples at fixed timesteps."""
+    def evaluate(self, stage: Stage) -> float:
+        """The loss of fixed samples at fixed timesteps, their mean."""
         begin = time.perf_counter()
         self.beat.enter(self.step, "evaluate")
         losses = evaluation_loss(self.config, self.group, self.engine, self.data, stage)
@@ -242,6 +323,7 @@ class Trainer:
         log.info(
             "eval after step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         )
+        return losses["loss"]
 
     def show(self) -> None:
         """Videos of the averaged weights for fixed prompts: all ranks compute, the main one writes."""
@@ -268,5 +350,8 @@ class Trainer:
             self.journal.event(kind, **facts)
 
     def close(self) -> None:
+        self.saver.close()
+        if self.fence:
+            self.fence.release()
         if self.journal:
             self.journal.close()
