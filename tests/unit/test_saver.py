@@ -259,6 +259,16 @@ def test_a_copy_without_its_manifest_does_not_count(tmp_path: Path, monkeypatch:
     assert values(saved.path) == {2}
 
 
+def test_a_durable_store_that_cannot_be_reached_hinders_no_resume(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make(1), {})
+    found = resume_path(tmp_path, "auto", "bogus://x")
+    assert found.path == path
+    (problems,) = found.rejected.values()
+    assert "cannot be listed" in problems[0].reason
+    with pytest.raises(CheckpointError, match="no good checkpoint"):  # it may have some: not silently anew
+        resume_path(tmp_path / "empty", "auto", "bogus://x")
+
+
 def test_what_rots_before_it_is_copied_is_no_copy(tmp_path: Path) -> None:
     path = save(tmp_path / "near", 1, make(1), {})
     shard = path / "__0_0.distcp"
