@@ -21,7 +21,10 @@ from megasora.checkpoint.fence import take_fence
 from megasora.checkpoint.load import load, resume_path
 from megasora.checkpoint.ranks import Ranks
 from megasora.checkpoint.saver import Saver
+from megasora.cluster.heartbeat import Heartbeat, heartbeat
+from megasora.cluster.origin import origin
 from megasora.cluster.signals import StopRequest, stop_on_signal
+from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
 from megasora.engines.optim import learning_rate
 from megasora.errors import CheckpointError, StoppedEarly, StorageFull, Superseded
@@ -32,20 +35,21 @@ from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.observe.spikes import SpikeWatch
-from megasora.parallel.mesh import Processes, processes
+from megasora.parallel.mesh import Processes, processes, rank
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
 from megasora.segments import Segment, segments_of
 from megasora.training_data import build_loader, check_current, open_data
 
+SAVE_MARGIN = 1.5  # a save may take so many times as long as the last one
 MAX_SKIPPED = 20  # steps in a row without an update, before a run that learns nothing is ended
 
 
 def train(config: Config) -> None:
     """Trains as `config` says, in this process and its peers. Raises StoppedEarly when a signal ended it with a checkpoint."""
-    with processes(config.parallel.layout) as group, stop_on_signal() as stop:
-        trainer = Trainer(config, group, stop)
+    with processes(config.parallel.layout) as group, stop_on_signal() as stop, heartbeat(rank()) as beat:
+        trainer = Trainer(config, group, stop, beat)
         try:
             trainer.run()
         finally:
@@ -55,13 +59,14 @@ def train(config: Config) -> None:
 class Trainer:
     """One run on one process. `step` counts the updates done, over all stages; a stage is a segment of the data's order."""
 
-    def __init__(self, config: Config, group: Processes, stop: StopRequest) -> None:
-        self.config, self.group, self.stop = config, group, stop
+    def __init__(self, config: Config, group: Processes, stop: StopRequest, beat: Heartbeat) -> None:
+        self.config, self.group, self.stop, self.beat = config, group, stop, beat
         self.data = open_data(config, group.device)
         check_fit(config, group, self.data.facts)
         check_current(config)
         start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
+        beat.keep_stacks(self.run_dir / "logs" / f"rank-{group.rank:05d}.stacks")
         self.fence = Ranks().every(
             "", lambda: take_fence(self.run_dir, config.checkpoint.fence) if group.is_main else None
         )
@@ -80,10 +85,12 @@ class Trainer:
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
             save_digests(self.run_dir, self.data)
         self.peak_flops = device_peak(group.device, config.precision.precision)
+        self.own_times, self.own_wait, self.forward_s = StepTimes(group.world), 0.0, 0.0
         self.bad_samples = self.skipped = 0
+        self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
-                   fingerprint=self.data.fingerprint, torch=torch.__version__)  # fmt: skip
+                   fingerprint=self.data.fingerprint, torch=torch.__version__, **origin())  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
                  self.step, f"{parameter_count(config.model):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip
@@ -113,15 +120,22 @@ class Trainer:
         batches = loader.batches(self.step - segment.first)
         while self.step < segment.end:
             begin = time.perf_counter()
+            self.beat.enter(self.step + 1, "data")
             batch, stopping = self.next_batch(batches, segment.number)
             data_wait = time.perf_counter() - begin
 
             done = self.step - segment.stage_first
+            self.beat.enter(self.step + 1, "train", " ".join(batch.buckets))
             lr = learning_rate(self.config.optim, stage.lr or self.config.optim.lr, done, stage.steps)
             loss, grad_norm = self.train_step(batch, recipe, lr)
             self.step += 1
             self.record(stage, batch, loss, grad_norm, lr, time.perf_counter() - begin, data_wait)
+            for slow in self.own_times.add(self.own_wait, self.forward_s):
+                self.event("slow_rank", step=self.step, **vars(slow))
+                log.warning("slow: %s", slow)
 
+            if stopping and self.too_late():
+                raise StoppedEarly(f"{self.stop.signal}: stopped after step {self.step}, with no time left to save it")
             score = self.evaluate(stage) if self.due(self.config.eval.loss_every) else None
             final = self.step == self.last or stopping
             if self.saver.due(self.step) or final:
@@ -137,7 +151,8 @@ class Trainer:
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
         rows = build_rows(batch, recipe)
-        loss = self.engine.forward_backward(rows, training_loss(recipe)).item()
+        judge = FirstCall(training_loss(recipe), self.group.device)
+        loss = self.engine.forward_backward(rows, judge).item()
         grad_norm = self.engine.clip().item()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = self.watch.judge(loss, grad_norm) if finite else ""
@@ -159,6 +174,7 @@ class Trainer:
             if spike and self.config.spikes.policy == "rollback":
                 self.roll_back()
         synchronize(self.group.device)
+        self.forward_s = judge.seconds() if self.group.layout.pp == 1 else 0.0  # stages wait for each other
         return loss, grad_norm
 
     def roll_back(self) -> None:
@@ -177,12 +193,14 @@ class Trainer:
 
     def next_batch(self, batches: Iterator[StepBatch], segment: int) -> tuple[StepBatch, bool]:
         """The next batch and whether to stop after it: both agreed by all ranks, replaced samples logged before use."""
-        failure, batch = "", None
+        failure, batch, begin = "", None, time.perf_counter()
         try:
             batch = next(batches)
         except DataError as error:
             failure = str(error)
         replaced: list[Replacement] = batch.replacements if batch else []
+        self.own_wait = time.perf_counter() - begin
+        self.beat.enter(self.step + 1, "agree", " ".join(batch.buckets) if batch else "")
         flags = torch.tensor([bool(self.stop), bool(failure), len(replaced), self.saver.done], device=self.group.device)
         dist.all_reduce(flags)
         stopping, failed, bad, saved = flags.tolist()
@@ -228,6 +246,7 @@ class Trainer:
 
     def save(self, segment: Segment, score: float | None) -> None:
         """Begins a checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
+        self.beat.enter(self.step, "save")
         if self.saver.step is not None:
             self.finish_save()
         if self.saver.step is not None:  # it hangs
@@ -260,7 +279,7 @@ class Trainer:
                 CheckpointError(f"the save of step {step} hangs for more than {timeout:.0f} s; look at the storage")
             )
             return
-        self.unsaved = None
+        self.unsaved, self.save_seconds = None, saved.seconds
         if saved.durable_failure:
             self.event("copy_failed", step=saved.step, reason=saved.durable_failure)
             log.warning("saved, but not copied to the durable store: %s", saved.durable_failure)
@@ -283,14 +302,22 @@ class Trainer:
             return CheckpointError(f"{why}: stopped after step {self.step}, which is not saved: {self.unsaved}")
         return StoppedEarly(f"{why}: stopped, step {self.step} not saved ({self.unsaved}); going on from {good}")
 
+    def too_late(self) -> bool:
+        """Whether a save, judged by the last one, would outlast what a scheduler's warning leaves of the job. All ranks agree."""
+        late = torch.tensor(float(self.stop.seconds_left < SAVE_MARGIN * self.save_seconds), device=self.group.device)
+        dist.all_reduce(late, op=dist.ReduceOp.MAX)
+        return bool(late.item())
+
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and after the last, is due now."""
         return bool(every) and (self.step % every == 0 or self.step == self.last)
 
     def evaluate(self, stage: Stage) -> float:
         """The loss of fixed samples at fixed timesteps, their mean."""
+        begin = time.perf_counter()
+        self.beat.enter(self.step, "evaluate")
         losses = evaluation_loss(self.config, self.group, self.engine, self.data, stage)
-        self.event("eval", step=self.step, **losses)
+        self.event("eval", step=self.step, seconds=round(time.perf_counter() - begin, 3), **losses)
         if self.journal:
             self.journal.evaluation(losses, self.step)
         log.info(
@@ -300,6 +327,8 @@ class Trainer:
 
     def show(self) -> None:
         """Videos of the averaged weights for fixed prompts: all ranks compute, the main one writes."""
+        begin = time.perf_counter()
+        self.beat.enter(self.step, "show")
         videos = evaluation_videos(self.config, self.group, self.engine)
         if self.journal and videos:
             try:
@@ -310,6 +339,7 @@ class Trainer:
             if scores:
                 self.event("scores", step=self.step, **scores)
                 self.journal.evaluation(scores, self.step)
+            self.event("show", step=self.step, seconds=round(time.perf_counter() - begin, 3))
 
     def write_samples(self, journal: Journal, videos: list[tuple[str, Any]]) -> None:
         directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
