@@ -116,7 +116,7 @@ def train(recipe: fp8.FP8, steps: int = 300, product: Callable[..., Tensor] | No
         fp8.to_fp8(model, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)  # ends at rest, not in the noise of its last steps
+        optimizer.param_groups[0]["lr"] = 5e-4 * (1 - step / steps)  # ends at rest, not in the noise of its last steps
         loss(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()

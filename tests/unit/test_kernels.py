@@ -90,6 +90,14 @@ def test_qknorm_rope_is_the_formula(weights: str) -> None:
     assert torch.equal(torch.cat(groups.unbind(0), 1), y)
 
 
+@pytest.mark.long
+def test_compiled_on_a_cpu_it_turns_in_real_numbers() -> None:
+    inputs = draw_rope((3, 4), 48, torch.float32)
+    function = torch.compile(qknorm_rope.qknorm_rope, fullgraph=True)
+    for a, b in zip(evaluate(function, inputs), evaluate(qknorm_rope.qknorm_rope, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @ALL
 def test_gradients_of_the_references(case: int) -> None:
     leaves, fixed, _ = CASES[case].draw((3, 0, 2) if "flash" not in CASES[case].name else (3, 2), 12, torch.float64)
