@@ -15,7 +15,6 @@ from megasora.planner.stages import Stage, stages
 from megasora.planner.tape import FLOAT, Tape
 
 BUCKET = 32 * 2**20 * FLOAT  # bytes that our own reductions put together (parallel/zero.py)
-DDP_BUCKETS = 1  # DDP keeps one copy of all gradients in its buckets
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,6 @@ def memory(job: Job, stage: Stage | None = None) -> Memory:
     accumulated = fsdp and job.rows > 1  # gradients stay whole until the last row
     if layout.zero == 0 and job.replicas > 1 and tp == 1 and layout.pp == 1:
         buffers = whole  # DDP's buckets
-    elif not fsdp and (tp > 1 or job.replicas > 1):
-        buffers = 2 * min(whole, BUCKET)
 
     # Backward through the blocks, the last one first: what is left of the activations, and the gradients by then.
     blocks = tapes(job, stage)
