@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Sample, StepBatch
@@ -131,13 +131,13 @@ def draw_frames(
     return timesteps.masked_fill(given, 0.0), given
 
 
-def training_loss(recipe: Recipe) -> Callable[[nn.Module, MicroBatch], Tensor]:
+def training_loss(recipe: Recipe) -> Callable[[Callable[..., Tensor], MicroBatch], Tensor]:
     """(model, batch) -> the row's share of the loss, fp32."""
     objective = recipe.objective
     if objective is None:
         return classification_loss
 
-    def diffusion_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
+    def diffusion_loss(model: Callable[..., Tensor], batch: MicroBatch) -> Tensor:
         row = batch.row
         t = row.timestep[row.runs.index][:, None]  # [L, 1]
         loss = objective.loss(model(row), batch.data, batch.noise, row.tokens, t)  # [L]
@@ -146,7 +146,7 @@ def training_loss(recipe: Recipe) -> Callable[[nn.Module, MicroBatch], Tensor]:
     return diffusion_loss
 
 
-def classification_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
+def classification_loss(model: Callable[..., Tensor], batch: MicroBatch) -> Tensor:
     """Cross-entropy of the samples' classes. A sample without one counts nothing."""
     loss = F.cross_entropy(model(batch.row).float(), batch.row.label, ignore_index=-1, reduction="none")  # [S]
     return (loss * batch.weight).sum()

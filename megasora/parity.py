@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megasora.build import build_recipe
 from megasora.encoders import LatentFacts
-from megasora.engines.torch_native import TorchNative, local
+from megasora.engines.torch_native import TorchNative
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, training_loss
+from megasora.models.base import Model
 from megasora.models.families import build_model
 from megasora.models.packing import Item, Shape, pack
 from megasora.models.text import Text
 from megasora.parallel.mesh import Processes
 from megasora.parallel.plan import PLANS, check_layout
+from megasora.parallel.zero import local
 from megasora.schema import Config
 from megasora.seeding import fold, generator
 
@@ -81,13 +84,14 @@ def run(config: Config, group: Processes) -> Outcome:
     for _ in range(3):
         losses.append(engine.forward_backward(rows, loss_of).item())
         if not gradients:
-            gradients = {name: whole(gradient_of(p)) for name, p in engine.model.named_parameters()}
+            gradients = of_all_stages(group, {name: whole(gradient_of(p)) for name, p in engine.owned.items()})
         norms.append(engine.clip().item())
         with torch.no_grad():
-            for parameter in engine.model.parameters():
+            for parameter in engine.owned.values():
                 local(parameter).sub_(local(gradient_of(parameter)), alpha=SGD)
         engine.discard()
-    parameters = {name: whole(p.detach()) for name, p in engine.model.named_parameters()}
+        engine.loaded()
+    parameters = of_all_stages(group, {name: whole(p.detach()) for name, p in engine.owned.items()})
     return Outcome(losses[0], norms[0], gradients, parameters)
 
 
@@ -127,10 +131,10 @@ def to_device(item: Item, device: torch.device) -> Item:
     )  # fmt: skip
 
 
-def noisy(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def noisy(build: Callable[[], Model[Any]]) -> Callable[[], Model[Any]]:
     """A model whose parameters are noise where they would begin at zero: else most gradients vanish and nothing is compared."""
 
-    def build_noisy() -> nn.Module:
+    def build_noisy() -> Model[Any]:
         model = build()
         plain: Any = model.init_weights
 
@@ -140,10 +144,18 @@ def noisy(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
 
-        model.init_weights = init_weights  # type: ignore[assignment]
+        model.init_weights = init_weights  # type: ignore[method-assign]
         return model
 
     return build_noisy
+
+
+def of_all_stages(group: Processes, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each stage of a pipeline has, on all of them."""
+    found: list[dict[str, Tensor]] = [mine] * group.layout.pp
+    if group.layout.pp > 1:
+        dist.all_gather_object(found, mine, group=group.mesh["pp"].get_group())
+    return {name: tensor for stage in found for name, tensor in stage.items()}
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

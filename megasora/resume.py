@@ -73,8 +73,10 @@ def load_start(start: Start, config: Config, engine: Engine) -> None:
     if start.source is not None:
         engine.materialise_optimizer()
         load(start.source, engine.tensors())
+        engine.loaded()
     elif config.run.init_from:
         load_weights(Path(config.run.init_from), engine)
+        engine.loaded()
 
 
 def load_weights(path: Path, engine: Engine) -> None:

@@ -23,6 +23,7 @@ from megasora.engines.optim import learning_rate
 from megasora.errors import StoppedEarly
 from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
 from megasora.microbatch import Recipe, build_rows, training_loss
+from megasora.models.families import parameter_count
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
@@ -71,7 +72,7 @@ class Trainer:
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
                    fingerprint=self.data.fingerprint, torch=torch.__version__)  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
-                 self.step, f"{sum(p.numel() for p in self.engine.model.parameters()):,}", f"{self.data.samples:,}",
+                 self.step, f"{parameter_count(config.model):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip
 
     def run(self) -> None:

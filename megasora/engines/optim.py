@@ -57,11 +57,11 @@ def mesh_of(parameter: Tensor) -> object:
     return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Optimizers that together own every parameter once. Biases and norms do not decay; Muon takes the blocks' matrices."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         hidden = config.name == "muon" and parameter.ndim == 2 and ".weight" in name and "blocks." in name
         (matrices if hidden else others).append(parameter)
     groups = []

@@ -1,30 +1,38 @@
-"""The default engine: a plain model, replicated (DDP) or sharded (FSDP2) over one DeviceMesh, its optimizer and its EMA.
+"""The default engine: a plain model spread over one DeviceMesh, its optimizer and its EMA.
 
 An engine owns everything that a training step changes. The trainer sees `forward_backward`, `update`, `tensors` and little
 else, so that another engine can stand in its place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from megasora.engines.muon import sharded_like
 from megasora.engines.optim import OptimConfig, build_optimizers
+from megasora.models.base import Model
+from megasora.models.packing import PackedRow
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.mesh import Processes
+from megasora.parallel.pipeline import Pipeline, Stages
 from megasora.parallel.tensor import Style, is_split, split_model
+from megasora.parallel.zero import OptimizerShards, all_reduce_together, local, shard_model
+
+Answering = Callable[..., Tensor]  # a model, or its last stage: (row) -> the answer
 
 
 class Part(Protocol):
     """What the engine needs of a micro-batch: it can be cut along its tokens."""
+
+    @property
+    def row(self) -> PackedRow: ...
 
     def part(self, index: int, parts: int, shared: int) -> Any: ...
 
@@ -42,9 +50,9 @@ class EngineConfig:
 class Engine(Protocol):
     """What the trainer needs of an engine."""
 
-    model: nn.Module
+    model: Model[Any]
 
-    def forward_backward(self, rows: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+    def forward_backward(self, rows: Sequence[Any], loss: Callable[[Answering, Any], Tensor]) -> Tensor:
         """Accumulates the gradients of the sum of `loss(model, row)` over rows and data-parallel ranks; returns that sum."""
         ...
 
@@ -68,17 +76,26 @@ class Engine(Protocol):
         """Everything that a checkpoint must hold, by name: model/, ema/ and optim/. Views of the live state."""
         ...
 
+    def loaded(self) -> None:
+        """To be called after the tensors of `tensors` have been filled from elsewhere."""
+        ...
+
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the model has the EMA's weights."""
         ...
 
 
 class TorchNative:
-    """DDP for zero0, FSDP2 for zero2 and zero3 and HSDP. `build` makes the model; its weights are drawn from `seed`."""
+    """DDP for zero0, shards of the optimizer for zero1, FSDP2 for zero2, zero3 and HSDP; stages of a pipeline, split layers, cut
+    rows. `build` makes the model; its weights are drawn from `seed`.
+
+    One rule for gradients: every rank's are parts of a sum. Those of split layers are summed over the ranks that see other tokens
+    (dp x cp), all others over the tensor group too, and what all stages share over the pipeline.
+    """
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
+        build: Callable[[], Model[Any]],
         seed: int,
         processes: Processes,
         config: EngineConfig,
@@ -86,81 +103,106 @@ class TorchNative:
         plan: list[tuple[str, Style]],
     ) -> None:
         self.processes, self.config, self.optim = processes, config, optim
+        layout = processes.layout
         with torch.device("meta"):
             model = build()
-        layout = processes.layout
         if layout.cp > 1:
-            model.attention = ContextAttention(model.attention, processes.context)  # type: ignore[arg-type, assignment]
+            model.attention = ContextAttention(model.attention, processes.context)
         if layout.tp > 1:
             split_model(model, plan, processes.mesh["tp"])
-        shard_model(model, processes, config)
+        stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
+        lower = config.precision == "bf16"
+        self.fsdp = layout.zero >= 2
+        if self.fsdp:
+            shard_model(model, stages or model, processes.shards, keep=layout.zero == 2, lower=lower)
         model.to_empty(device=processes.device)
         init_weights(model, build, seed)
         self.model = model
-        self.sharded = layout.zero >= 2
-        # DDP takes no split parameters: with tensor parallelism the reduction is our own, after the last row.
-        replicated = layout.dp * layout.cp > 1 and not self.sharded and layout.tp == 1
-        self.wrapped = (
-            DistributedDataParallel(model, process_group=processes.replicas.get_group()) if replicated else model
-        )
-        self.optimizers = build_optimizers(model, optim)
-        self.ema = {name: p.detach().clone() for name, p in model.named_parameters()} if optim.ema else {}
+        self.pipeline = None
+        if stages is not None:
+            dtype = torch.bfloat16 if lower else torch.float32
+            self.pipeline = Pipeline(stages, model.config.width, dtype, processes.device)
+        self.root: nn.Module = stages or model  # what FSDP2 knows as the root
+        # DDP overlaps its reduction with backward, but takes neither split parameters nor several rows at once.
+        ddp = layout.zero == 0 and layout.dp * layout.cp > 1 and layout.tp * layout.pp == 1
+        self.wrapped = DistributedDataParallel(model, process_group=processes.replicas.get_group()) if ddp else model
+        self.averages = ddp or self.fsdp  # the wrappers' gradients are means over dp x cp
+        self.parameters = dict(model.named_parameters())
+        self.shards = OptimizerShards(self.parameters, processes.replicas) if layout.zero == 1 else None
+        self.owned = self.shards.owned if self.shards else self.parameters  # what this rank updates
+        self.optimizers = build_optimizers(self.owned, optim)
+        self.ema = {name: p.detach().clone() for name, p in self.owned.items()} if optim.ema else {}
 
-    def forward_backward(self, rows: Sequence[Row], loss: Callable[[nn.Module, Row], Tensor]) -> Tensor:
-        total = torch.zeros((), device=self.processes.device)
+    def forward_backward(self, rows: Sequence[Row], loss: Callable[[Answering, Row], Tensor]) -> Tensor:
         layout = self.processes.layout
-        for i, row in enumerate(rows):
-            mine = row.part(*self.processes.part) if layout.cp * layout.tp > 1 else row
-            with self._reducing(i == len(rows) - 1):
-                with self._autocast():
-                    value = loss(self.wrapped, mine)
-                # Both wrappers average over the ranks that share parameters; the loss is a sum over them.
-                (value * layout.dp * layout.cp).backward()
-            total += value.detach()
-        if layout.tp > 1:
-            self._reduce()
+        mine = [row.part(*self.processes.part) if layout.cp * layout.tp > 1 else row for row in rows]
+        if self.pipeline is not None:
+            total = self.pipeline.step(mine, self._autocasting(loss), self._backward)
+        else:
+            total = torch.zeros((), device=self.processes.device)
+            for i, row in enumerate(mine):
+                last = i == len(mine) - 1
+                unsynced = isinstance(self.wrapped, DistributedDataParallel) and not last
+                with self.wrapped.no_sync() if unsynced else nullcontext():  # type: ignore[operator]
+                    value = self._autocasting(loss)(self.wrapped, row)
+                    self._backward(value, None, last)
+                total += value.detach()
+        self._reduce()
         dist.all_reduce(total)
         return total
 
+    def _backward(self, y: Tensor, gradient: Tensor | None, last: bool) -> None:
+        """Of a loss, or of what a stage gave, whose gradient came back. Gradients travel with the last one of a step."""
+        if self.fsdp:
+            self.root.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if gradient is None and self.averages:
+            y = y * (self.processes.layout.dp * self.processes.layout.cp)
+        y.backward(gradient)
+
     @torch.no_grad()
     def _reduce(self) -> None:
-        """What wrappers do not: of parameters that are not split the sum over the tensor group, without ZeRO the mean over the
-        replicas. One collective each."""
-        gradients = [(p, local(p.grad)) for p in self.model.parameters() if p.grad is not None]
-        together = [g for p, g in gradients if not is_split(p)]
-        all_reduce_together(together, self.processes.mesh["tp"].get_group())
-        replicas = self.processes.layout.dp * self.processes.layout.cp
-        if not self.sharded and replicas > 1:
-            every = [g for _, g in gradients]
-            torch._foreach_div_(every, replicas)
+        """The sums that no wrapper does: over the tensor group, the pipeline, and without a wrapper over dp x cp."""
+        layout, mesh = self.processes.layout, self.processes.mesh
+        if layout.tp > 1:
+            together = [local(p.grad) for p in self.parameters.values() if p.grad is not None and not is_split(p)]
+            all_reduce_together(together, mesh["tp"].get_group())
+        if self.pipeline is not None:
+            shared = [self.parameters[name] for name in sorted(self.pipeline.stages.shared)]
+            for parameter in shared:
+                if parameter.grad is None:  # only other stages use it
+                    parameter.grad = torch.zeros_like(parameter)
+            all_reduce_together([local(p.grad) for p in shared], mesh["pp"].get_group())
+        if self.shards is not None:
+            self.shards.reduce()
+        elif not self.averages and layout.dp * layout.cp > 1:
+            every = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
             all_reduce_together(every, self.processes.replicas.get_group())
 
-    def _norm(self) -> Tensor:
-        """The global norm where some parameters are split over the tensor group and others are not."""
-        squares = torch.zeros(2, device=self.processes.device)  # of those that are not, and of those that are
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                squares[int(is_split(parameter))] += local(parameter.grad).float().square().sum()
-        if self.sharded:
-            shards = self.processes.shards
-            dist.all_reduce(squares, group=shards.get_group(shards.ndim - 1))
-        split = squares[1:].clone()
-        dist.all_reduce(split, group=self.processes.mesh["tp"].get_group())
-        return (squares[0] + split[0]).sqrt()
-
+    @torch.no_grad()
     def clip(self) -> Tensor:
-        parameters = list(self.model.parameters())
-        if self.processes.layout.tp > 1:
-            norm = self._norm()
-            if self.optim.clip:
-                share = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], share)
-            return norm
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        gradients = {name: local(p.grad) for name, p in self.owned.items() if p.grad is not None}
+        squares = torch.zeros((), device=self.processes.device)
+        mine = [g for name, g in gradients.items() if self._counts(name)]
+        if mine:
+            squares = torch.stack(torch._foreach_norm(mine)).float().square().sum()
+        if self.processes.world > 1:
+            dist.all_reduce(squares)
+        norm = squares.sqrt()
         if self.optim.clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
+            share = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(list(gradients.values()), share)
         return norm
+
+    def _counts(self, name: str) -> bool:
+        """Whether the global norm has this rank's gradient: of what several ranks have whole, only one's counts."""
+        place, layout = self.processes.place, self.processes.layout
+        first_of_tensor_group = place["tp"] == 0 or is_split(self.parameters[name])
+        first_stage = place["pp"] == 0 or self.pipeline is None or name not in self.pipeline.stages.shared
+        apart = {0: ("dp_replicate", "dp_shard", "cp"), 1: ()}.get(
+            layout.zero, ("dp_replicate",)
+        )  # with the same gradient
+        first_replica = not any(place[axis] for axis in apart)
+        return first_of_tensor_group and first_stage and first_replica
 
     def update(self, lr: float) -> None:
         for optimizer in self.optimizers:
@@ -169,18 +211,19 @@ class TorchNative:
             optimizer.step()
         self.discard()
         if self.ema:
-            live = [local(p) for p in self.model.parameters()]
+            live = [local(p) for p in self.owned.values()]
             torch._foreach_lerp_([local(t) for t in self.ema.values()], live, 1 - self.optim.ema)
+        if self.shards is not None:
+            self.shards.gather()
 
     def discard(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self.parameters.values(), *self.owned.values()):
+            parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        named = dict(self.model.named_parameters())
-        state = {f"model/{name}": parameter.detach() for name, parameter in named.items()}
+        state = {f"model/{name}": parameter.detach() for name, parameter in self.owned.items()}
         state |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
-        names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.owned.items()}
         for optimizer in self.optimizers:
             for parameter, values in optimizer.state.items():
                 state |= {f"optim/{names[parameter]}/{key}": value for key, value in values.items()}
@@ -204,60 +247,35 @@ class TorchNative:
         if not self.ema:
             yield
             return
-        live = [local(p) for p in self.model.parameters()]
+        live = [local(p) for p in self.owned.values()]
         kept = [t.clone() for t in live]
         torch._foreach_copy_(live, [local(t) for t in self.ema.values()])
+        self.loaded()
         try:
             yield
         finally:
             torch._foreach_copy_(live, kept)
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):  # zero2 keeps gathered what a forward pass has gathered
-                    module.reshard()
+            self.loaded()
 
-    @contextmanager
-    def _reducing(self, last: bool) -> Iterator[None]:
-        """Gradients travel once a step: with the last row."""
-        if isinstance(self.wrapped, DistributedDataParallel) and not last:
-            with self.wrapped.no_sync():
-                yield
-            return
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        yield
+    def loaded(self) -> None:
+        """To be called when the tensors of `tensors` have been given other values: what was gathered of them is stale."""
+        if self.shards is not None:
+            self.shards.gather()
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):  # zero2 keeps gathered what a forward pass has gathered
+                module.reshard()
+
+    def _autocasting(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def cast(model: Callable[..., Tensor], row: Any) -> Tensor:
+            with self._autocast():
+                return loss(model, row)
+
+        return cast
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False
         )
-
-
-def all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sums tensors over a group, in place, as one."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    torch._foreach_copy_(
-        tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-    )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded; shares its memory, outside autograd."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_model(model: nn.Module, processes: Processes, config: EngineConfig) -> None:
-    """FSDP2 around each block and around the rest; zero3 frees a block's weights after its forward pass, zero2 keeps them."""
-    layout = processes.layout
-    if layout.zero < 2:
-        return
-    mesh = processes.shards
-    lower = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.get_submodule("blocks").children():
-        policy = lower if config.precision == "bf16" else MixedPrecisionPolicy()
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.zero == 3)
-    fully_shard(model, mesh=mesh, reshard_after_forward=layout.zero == 3)
 
 
 def init_weights(model: nn.Module, build: Callable[[], nn.Module], seed: int) -> None:
@@ -266,5 +284,6 @@ def init_weights(model: nn.Module, build: Callable[[], nn.Module], seed: int) ->
     whole = build()
     whole.init_weights()  # type: ignore[operator]
     with torch.no_grad():
-        for target, source in zip(model.parameters(), whole.parameters(), strict=True):
-            target.copy_(sharded_like(target, source.to(target.device)))
+        weights = dict(whole.named_parameters())
+        for name, target in model.named_parameters():  # of a stage, some of them
+            target.copy_(sharded_like(target, weights[name].to(target.device)))

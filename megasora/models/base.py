@@ -48,6 +48,11 @@ class ModelConfig:
             raise ValueError(f"heads={self.heads}: do not divide width {self.width}; nearest is {nearest}")
 
     @property
+    def block_count(self) -> int:
+        """How many blocks the model has."""
+        return self.depth
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
@@ -83,6 +88,7 @@ class Model(nn.Module, Generic[S]):
 
     ENTRY: ClassVar[tuple[str, ...]] = ("patch_embed",)
     EXIT: ClassVar[tuple[str, ...]] = ("head",)
+    config: Any
     attention: Attention
     blocks: nn.ModuleList  # each: (x [L, D], setting) -> [L, D]
 
@@ -102,9 +108,9 @@ class Model(nn.Module, Generic[S]):
         """[L, D] -> the model's answer."""
         raise NotImplementedError
 
-    def carried(self, setting: S) -> int:
+    def carried(self, row: PackedRow) -> int:
         """How many tokens go from block to block."""
-        return len(setting.row.tokens)
+        return len(row.tokens)
 
     def forward(self, row: PackedRow, *options: Any) -> Tensor:
         """[L, P] patches -> the model's answer. The options are those of `setting`."""

@@ -218,8 +218,9 @@ class DiT(Model[DiTSetting]):
             x = first_part(x, setting.row.video, setting.of_condition)  # [L, D]
         return self.out(self.out_norm(x))
 
-    def carried(self, setting: DiTSetting) -> int:
-        return len(setting.row.tokens) if self.config.adaptive else setting.joint.total
+    def carried(self, row: PackedRow) -> int:
+        conditions = len(row.runs.lengths) + len(row.shapes) if self.config.design == "in_context" else 0
+        return len(row.tokens) + conditions
 
     def _classes(self, label: Tensor) -> Tensor:
         """[S] -> [S]: rows of the table."""

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from megasora.models import dit, mmdit, stdit, video_dit, vit
-from megasora.models.base import ModelConfig
+from megasora.models.base import Model, ModelConfig
 
 DEFAULT = "video_dit"
 CONFIGS: dict[str, type[ModelConfig]] = {
@@ -21,7 +20,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
 AnyModelConfig = (
     video_dit.VideoDiTConfig | mmdit.MMDiTConfig | stdit.STDiTConfig | dit.DiTConfig | vit.ViTConfig | vit.ViViTConfig
 )
-MODELS: dict[str, Callable[[Any], nn.Module]] = {
+MODELS: dict[str, Callable[[Any], Model[Any]]] = {
     "video_dit": video_dit.VideoDiT,
     "mmdit": mmdit.MMDiT,
     "stdit": stdit.STDiT,
@@ -39,7 +38,7 @@ PRESETS: Mapping[str, ModelConfig] = {
 }
 
 
-def build_model(config: Any) -> nn.Module:
+def build_model(config: Any) -> Model[Any]:
     """The module of a family's config, on the default device, its weights undrawn (see `init_weights`)."""
     return MODELS[config.family](config)
 

@@ -61,6 +61,10 @@ class MMDiTConfig(ModelConfig):
                 f"axes={list(self.axes)}: must be even and sum to a head's {K} channels, such as {fitting}"
             )
 
+    @property
+    def block_count(self) -> int:
+        return self.depth + self.single_depth
+
 
 OPEN_SORA_2 = MMDiTConfig(
     width=3072,
@@ -299,8 +303,8 @@ class MMDiT(Model[MMSetting]):
         video = x.index_select(0, joint.video)  # [L, D]
         return self.head(video, setting.condition[joint.run_part], setting.row.runs.index)
 
-    def carried(self, setting: MMSetting) -> int:
-        return len(setting.joint.order)
+    def carried(self, row: PackedRow) -> int:
+        return row.own_caption.total + len(row.tokens)
 
     def _embed_text(self, row: PackedRow) -> Tensor:
         if isinstance(self.text_embed, TokenRefiner):

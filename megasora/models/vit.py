@@ -146,8 +146,8 @@ class ViT(Model[JointSetting]):
         cls = x[torch.tensor(setting.joint.starts, device=x.device)]  # [S, D]
         return self.head(self.norm(cls))  # [S, classes]
 
-    def carried(self, setting: JointSetting) -> int:
-        return setting.joint.total
+    def carried(self, row: PackedRow) -> int:
+        return len(row.shapes) + len(row.tokens)
 
     def _check(self, row: PackedRow) -> None:
         """Padding, a single row of patches after the samples, may have any length."""

@@ -88,6 +88,6 @@ def parse_layout(text: str, world: int | None = None) -> Layout:
         raise ConfigError(
             f"parallel.layout={text}: {layout.world} processes wanted, {world} started; valid here: {fitting}"
         )
-    if layout.pp > 1 or layout.zero == 1 or not layout.sequence_parallel:
-        raise ConfigError(f"parallel.layout={text}: pp, zero1 and nosp are not in this version; valid here: {fitting}")
+    if layout.schedule == "zbv" or not layout.sequence_parallel:
+        raise ConfigError(f"parallel.layout={text}: zbv and nosp are not in this version; valid here: {fitting}")
     return layout

@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megasora.parallel.context import Context
 from megasora.parallel.layout import Layout, parse_layout
+from megasora.parallel.pipeline import Place
 
+LINKS = ("pp_forward_even", "pp_forward_odd", "pp_backward_even", "pp_backward_odd")
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
@@ -27,18 +29,21 @@ class Processes:
     layout: Layout
     mesh: DeviceMesh
 
+    @cached_property
+    def place(self) -> dict[str, int]:
+        """This process's number along each axis."""
+        return dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))
+
     @property
     def data_rank(self) -> int:
         """Which data-parallel share of the global batch is this process's."""
-        place = dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))
-        return place["dp_replicate"] * self.layout.dp_shard + place["dp_shard"]
+        return self.place["dp_replicate"] * self.layout.dp_shard + self.place["dp_shard"]
 
     @property
     def part(self) -> tuple[int, int, int]:
         """Which stretch of a row's tokens is this process's, of how many, and how many its attention layers see together."""
-        place = dict(zip(AXES, self.mesh.get_coordinate() or [], strict=True))
         layout = self.layout
-        return place["cp"] * layout.tp + place["tp"], layout.cp * layout.tp, layout.tp
+        return self.place["cp"] * layout.tp + self.place["tp"], layout.cp * layout.tp, layout.tp
 
     @cached_property
     def shards(self) -> DeviceMesh:
@@ -62,6 +67,14 @@ class Processes:
         """The groups that exchange tokens for heads, and those that form rings."""
         cp = self.mesh["cp"]._unflatten(0, (self.layout.ring, self.layout.ulysses), ("ring", "ulysses"))
         return Context(cp["ulysses"].get_group(), cp["ring"].get_group(), (self.layout.ulysses, self.layout.ring))
+
+    @cached_property
+    def pipeline(self) -> Place:
+        """This process's place in its pipeline. All ranks of the pipeline ask for it together."""
+        ranks = dist.get_process_group_ranks(self.mesh["pp"].get_group())
+        groups = [dist.new_group(ranks, use_local_synchronization=True, group_desc=name) for name in LINKS]
+        layout = self.layout
+        return Place(self.place["pp"], layout.pp, layout.schedule, (groups[0], groups[1]), (groups[2], groups[3]))
 
     @property
     def is_main(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megasora.errors import ConfigError
 from megasora.parallel.layout import Layout
+from megasora.parallel.schedule import CHUNKS
 from megasora.parallel.tensor import Style
 
 ATTENTION: list[tuple[str, Style]] = [
@@ -30,6 +31,12 @@ PLANS: dict[str, list[tuple[str, Style]]] = {
 
 def check_layout(model: Any, layout: Layout) -> None:
     """Raises ConfigError, with the nearest layout that works, for one on which the model of a config cannot be spread."""
+    stages = layout.pp * CHUNKS[layout.schedule]
+    if layout.pp > 1 and stages > model.block_count:
+        fitting = max(1, model.block_count // CHUNKS[layout.schedule])
+        most = max(n for n in range(1, fitting + 1) if layout.pp % n == 0)
+        why = f"{stages} stages are more than the model's {model.block_count} blocks"
+        raise refusal(layout, why, pp=most)
     if layout.tp * layout.cp == 1:
         return
     family = model.family

@@ -82,8 +82,7 @@ def test_layouts_that_fit(text: str) -> None:
         ("dp2,hsdp1x2", 4),
         ("tp2:nosp", 2),
         ("tp2,cp2", 2),
-        ("pp2:1f1b", 2),
-        ("zero1,dp2", 2),
+        ("pp2:zbv", 2),
     ],
 )
 def test_impossible_layouts_name_the_key_and_one_that_works(text: str, world: int) -> None:

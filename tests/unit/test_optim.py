@@ -34,7 +34,7 @@ def test_orthogonalised_singular_values_are_about_one() -> None:
 
 def test_every_parameter_has_one_optimizer_and_only_matrices_of_blocks_are_muons() -> None:
     model = VideoDiT(VideoDiTConfig(width=32, depth=2, heads=2, ffn=64))
-    adamw, muon = build_optimizers(model, OptimConfig(name="muon", weight_decay=0.1))
+    adamw, muon = build_optimizers(dict(model.named_parameters()), OptimConfig(name="muon", weight_decay=0.1))
     owned = [p for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
     assert len(owned) == len(set(owned)) == len(list(model.parameters()))
     matrices = {p for g in muon.param_groups for p in g["params"]}
