@@ -4,6 +4,7 @@ Every function returns the tape of one block; a model with two kinds of blocks h
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from megasora.models.dit import DiTConfig
@@ -179,6 +180,7 @@ def leave(config: Any, place: Place) -> Tape:
     return tape
 
 
+@lru_cache(maxsize=4096)
 def run_tape(block: Block, config: Any, place: Place) -> Tape:
     """A block's tape without the caption's tokens, which all blocks keep as one."""
     shared = Value(place.text, config.width, place.width_bytes)

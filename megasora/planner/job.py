@@ -1,7 +1,7 @@
 """What is planned: a model, a layout, and the packed rows that each data-parallel rank has in a step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -44,15 +44,16 @@ class Job:
     row: Row
     rows: int
     precision: Literal["fp32", "bf16"] = "bf16"
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = field(default_factory=OptimConfig)
     recompute: Recompute = "none"
     every: int = 1  # of so many blocks one is computed again
     kernels: bool = True  # Triton's, as on a GPU; False: their references, as on a CPU
 
     @property
     def shards(self) -> int:
-        """Ranks over which ZeRO shards."""
-        return self.layout.dp_shard * self.layout.cp if self.layout.zero else 1
+        """Ranks over which ZeRO shards: the optimizer's state alone over all that see other tokens."""
+        layout = self.layout
+        return {0: 1, 1: layout.dp * layout.cp}.get(layout.zero, layout.dp_shard * layout.cp)
 
     @property
     def replicas(self) -> int:
@@ -60,13 +61,14 @@ class Job:
         return self.layout.dp * self.layout.cp // self.shards
 
     @property
-    def width_bytes(self) -> int:
-        return 2 if self.precision == "bf16" else 4
+    def ddp(self) -> bool:
+        """Whether DDP reduces the gradients."""
+        layout = self.layout
+        return layout.zero == 0 and self.replicas > 1 and layout.tp * layout.pp == 1
 
     @property
-    def blocks(self) -> int:
-        model = self.model
-        return model.depth + (model.single_depth if model.family == "mmdit" else 0)
+    def width_bytes(self) -> int:
+        return 2 if self.precision == "bf16" else 4
 
     def place(self) -> Place:
         """Of the rank with the longest stretch of the row."""

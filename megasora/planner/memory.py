@@ -1,25 +1,22 @@
 """Memory of one rank at the fullest moment of a step, by part.
 
-What stays the whole step follows from the parameters alone: weights, gradients, the optimizer's state, the average (Rajbhandari
-et al. 2020, section 3). What comes and goes is followed block by block through the backward pass of the last row: activations
-fall, gradients rise, and gathered weights and buffers are a few blocks' worth.
+What stays the whole step follows from the parameters: weights, the optimizer's state, the average (Rajbhandari et al. 2020,
+section 3). What comes and goes is followed block by block through a backward pass: activations fall, gradients rise, gathered
+weights and buffers are a few blocks' worth.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megasora.parallel.zero import BUCKET
 from megasora.planner.blocks import block_kinds, enter, leave, run_tape
 from megasora.planner.job import Job
-from megasora.planner.parameters import Parameter, model_parameters
 from megasora.planner.stages import Stage, stages
 from megasora.planner.tape import FLOAT, Tape
-
-BUCKET = 32 * 2**20 * FLOAT  # bytes that our own reductions put together (parallel/zero.py)
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a parameter's weight, gradient and of what the optimizer owns, on each rank of a group that shards them."""
+    """Bytes of weights, gradients and what the optimizer owns, on each rank of a group that shards them."""
 
     weights: float
     gradients: float
@@ -31,17 +28,17 @@ class StateBytes:
 
 
 def state_bytes(
-    parameters: int, ranks: int, stage: int, weight: int = 2, gradient: int = 2, optimizer: int = 12
+    parameters: float, ranks: int, stage: int, weight: int = 2, gradient: int = 2, optimizer: int = 12
 ) -> StateBytes:
     """ZeRO's own arithmetic (section 3.1): 2 bytes a weight, 2 a gradient and K = 12 for mixed-precision Adam by default; stage
-    1 shards the optimizer's, 2 the gradients too, 3 the weights too."""
+    1 shards the optimizer's, 2 the gradients too, 3 the weights too. MegaSora has 4, 4 and 12 with the average, 8 without."""
     shares = [ranks if stage >= least else 1 for least in (3, 2, 1)]
     return StateBytes(*(parameters * b / n for b, n in zip((weight, gradient, optimizer), shares, strict=True)))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by part. `stage` is its pipeline stage."""
+    """Bytes of one rank by part. `stage` is its place in the pipeline."""
 
     stage: int
     parts: dict[str, float]
@@ -51,23 +48,19 @@ class Memory:
         return sum(self.parts.values())
 
 
-def optimizer_numbers(job: Job, parameters: Sequence[Parameter], place: int = 0) -> tuple[int, int]:
-    """fp32 numbers that the optimizer keeps, and parameters that have a counter of steps, on one rank."""
-    numbers = counters = 0
-    for parameter in parameters:
-        own = parameter.owned(job.layout.tp, job.shards, place)
-        hidden = job.optim.name == "muon" and len(parameter.shape) == 2 and parameter.block is not None
-        momentum = hidden and parameter.name.endswith("weight")
-        numbers += own if momentum else 2 * own
-        counters += not momentum
-    return numbers, counters
+def optimizer_bytes(job: Job, stage: Stage) -> int:
+    """AdamW's two moments and a counter of steps a parameter; of the matrices of blocks under Muon, one momentum."""
+    mine = stage.sizes(job).values()
+    if job.optim.name == "muon":
+        return FLOAT * sum(2 * one.owned - one.owned_matrices + one.tensors - one.matrices for one in mine)
+    return FLOAT * sum(2 * one.owned + one.tensors for one in mine)
 
 
 def tapes(job: Job, stage: Stage) -> list[Tape]:
     """Of the stage's blocks, in order."""
     place = job.place()
-    kinds = [run_tape(block, job.model, place) for block, _ in block_kinds(job.model)]
-    every = [tape for tape, (_, count) in zip(kinds, block_kinds(job.model), strict=True) for _ in range(count)]
+    kinds = [(run_tape(block, job.model, place), count) for block, count in block_kinds(job.model)]
+    every = [tape for tape, count in kinds for _ in range(count)]
     return [every[block] for block in stage.blocks]
 
 
@@ -80,85 +73,80 @@ def kept(job: Job, tape: Tape, number: int) -> int:
     """Bytes of a block that stay until its backward pass."""
     if not again(job, number):
         return tape.saved + tape.cast_weights
-    place = tape.place
-    entry = (place.tokens + place.own_text) * job.model.width * job.width_bytes
+    entry = (tape.place.tokens + tape.place.own_text) * job.model.width * job.width_bytes
     return entry + (tape.saved_selective if job.recompute == "selective" else 0)
 
 
 def transient(job: Job, tape: Tape) -> int:
     """The most that a block's backward pass has besides: gradients on their way through the MLP, the widest place."""
     place, model = tape.place, job.model
-    joint = place.attended + place.own_text
-    wide = joint * model.ffn // place.tp * job.width_bytes
-    narrow = (place.tokens + place.own_text) * model.width * job.width_bytes
-    return 2 * wide + 2 * narrow
+    wide = (place.attended + place.own_text) * model.ffn // place.tp
+    narrow = (place.tokens + place.own_text) * model.width
+    return 2 * (wide + narrow) * job.width_bytes
 
 
 def memory(job: Job, stage: Stage | None = None) -> Memory:
     """Of a rank of that stage; without one, of the fullest stage."""
     if stage is None:
         return max((memory(job, one) for one in stages(job)), key=lambda found: found.total)
-    layout, tp, shards = job.layout, job.layout.tp, job.shards
-    mine = [p for p in model_parameters(job.model) if stage.has(p)]
-    whole = FLOAT * sum(p.here(tp) for p in mine)
-    sharded = FLOAT * sum(p.stored(tp, shards) for p in mine)
-    own = FLOAT * sum(p.owned(tp, shards) for p in mine)
-    numbers, counters = optimizer_numbers(job, mine)
-    fsdp = layout.zero >= 2
-
-    of_block = {n: sum(p.here(tp) for p in mine if p.block == n) for n in stage.blocks}
-    ends = sum(p.here(tp) for p in mine if p.block is None)
-    largest = max(of_block.values(), default=0)
-    gathered = buffers = 0.0
-    if fsdp:  # a block's weights beside its gathered ones; its gradients whole, and in fp32 on their way
-        gathered = ends * FLOAT + job.width_bytes * (sum(of_block.values()) if layout.zero == 2 else 2 * largest)
-        buffers = job.width_bytes * largest + (FLOAT + job.width_bytes) * largest
-    accumulated = fsdp and job.rows > 1  # gradients stay whole until the last row
-    if layout.zero == 0 and job.replicas > 1 and tp == 1 and layout.pp == 1:
-        buffers = whole  # DDP's buckets
-
-    # Backward through the blocks, the last one first: what is left of the activations, and the gradients by then.
-    blocks = tapes(job, stage)
-    saved = [kept(job, tape, number) for number, tape in zip(stage.blocks, blocks, strict=True)]
-    first, last = enter(job.model, job.place()), leave(job.model, job.place())
-    text = job.place().text * job.model.width * job.width_bytes
-    around = (first.saved + text if stage.first else 0) + (last.saved if stage.last else 0)
-    # Rows in flight: whole ones wait, one is on its way back.
-    waiting = (stage.held - 1) * (sum(saved) + around)
-    per_gradient = 0.0 if accumulated else FLOAT / (shards if fsdp else 1)
-    moments = []
-    live, gradients = float(sum(saved) + around), 0.0
-    for number, tape, size in reversed(list(zip(stage.blocks, blocks, saved, strict=True))):
-        inside = tape.saved - size if again(job, number) else 0.0
-        moments.append((live + max(inside, 0) + transient(job, tape), gradients))
-        live -= size
-        gradients += of_block[number] * per_gradient
-    activations, gradients = max(moments, key=sum, default=(live, 0.0))
-    if accumulated or job.rows > 1 or stage.held > 1:
-        gradients = float(sum(of_block.values())) * (FLOAT if not fsdp or accumulated else FLOAT / shards)
-    if accumulated:
-        gradients = float(whole)
-    parts = {
-        "weights": float(sharded if fsdp else whole),
-        "gathered weights": gathered,
-        "gradients": max(gradients, float(own if fsdp and not accumulated else whole)) if job.rows > 1 else gradients,
-        "optimizer": float(FLOAT * (numbers + counters)),
-        "ema": float((own if fsdp else whole) if job.optim.ema else 0),
-        "activations": waiting + activations,
-        "buffers": buffers,
+    fsdp = job.layout.zero >= 2
+    mine = stage.sizes(job)
+    whole, own = (FLOAT * sum(getattr(one, name) for one in mine.values()) for name in ("here", "owned"))
+    of_block = {number: mine[number].here for number in stage.blocks}
+    steady = {
+        "weights": float(FLOAT * sum(one.stored for one in mine.values()) if fsdp else whole),
+        "optimizer": float(optimizer_bytes(job, stage)),
+        "ema": float(own if job.optim.ema else 0),
         "batch": float(batch_bytes(job)),
     }
-    # After the last row all gradients are there, and nothing else; where that is more, it is the peak.
-    final = whole if not fsdp else own
-    rest = sum(parts[name] for name in ("gradients", "activations", "gathered weights", "buffers"))
-    closing = final + (2 * min(whole, BUCKET) if not fsdp else 0)
-    if closing > rest:
-        parts |= {"gradients": float(final), "activations": 0.0, "gathered weights": 0.0, "buffers": float(closing - final)}
-    return Memory(stage.number, parts)
+    during = backward_moment(job, stage, of_block, whole)
+    gathered, buffers = fsdp_buffers(job, of_block, whole) if fsdp else (0.0, 0.0)
+    if job.ddp:
+        buffers = float(whole)  # its buckets hold every gradient once more
+    moving = {"gathered weights": gathered, **during, "buffers": buffers}
+    # After the last row there are all gradients and the buffers of our own reductions: where that is more, it is the peak.
+    reduced = float(own if fsdp else whole)
+    closing = 0.0 if fsdp or job.ddp else 2.0 * min(whole, FLOAT * BUCKET)
+    if reduced + closing > sum(moving.values()):
+        moving = {"gathered weights": 0.0, "activations": 0.0, "gradients": reduced, "buffers": closing}
+    return Memory(stage.number, steady | moving)
+
+
+def backward_moment(job: Job, stage: Stage, of_block: dict[int, int], whole: int) -> dict[str, float]:
+    """Activations and gradients at the fullest moment of the backward passes."""
+    fsdp, several = job.layout.zero >= 2, job.rows > 1
+    blocks = dict(zip(stage.blocks, tapes(job, stage), strict=True))
+    saved = {number: kept(job, tape, number) for number, tape in blocks.items()}
+    place = job.place()
+    around = 0
+    if stage.first:
+        around += enter(job.model, place).saved + place.text * job.model.width * job.width_bytes
+    if stage.last:
+        around += leave(job.model, place).saved
+    one_row = float(sum(saved.values()) + around)
+    live = one_row * stage.held  # rows in flight
+    # Gradients of rows before stay whole until the last row's are there to be reduced; of a first row they come block by block.
+    gradients = float(whole) if several else 0.0
+    each = 0.0 if several else FLOAT / (job.shards if fsdp else 1)
+    most = live, gradients
+    for number in reversed(stage.blocks):
+        inside = blocks[number].saved - saved[number] if again(job, number) else 0
+        most = max(most, (live + max(inside, 0) + transient(job, blocks[number]), gradients), key=sum)
+        live -= saved[number]
+        gradients += of_block[number] * each
+    return {"activations": most[0], "gradients": most[1]}
+
+
+def fsdp_buffers(job: Job, of_block: dict[int, int], whole: int) -> tuple[float, float]:
+    """Weights that are gathered, and what is on its way: zero3 has one block and the next, zero2 all. A gathered block is copied
+    out of its buffer once; its gradients are whole once in the computing type and once in fp32."""
+    blocks, largest = sum(of_block.values()), max(of_block.values(), default=0)
+    ends = whole - FLOAT * blocks  # always in fp32
+    gathered = ends + job.width_bytes * (blocks if job.layout.zero == 2 else min(2 * largest, blocks))
+    return float(gathered), float((2 * job.width_bytes + FLOAT) * largest)
 
 
 def batch_bytes(job: Job) -> int:
-    """The step's rows as they are built: patches, clean data and noise in fp32, coordinates, captions."""
-    model = job.model
-    token = 3 * model.patch_values * FLOAT + 3 * 8 + FLOAT
-    return job.rows * (job.row.length * token + job.row.text * model.text_width * FLOAT)
+    """The step's rows, which are built together: patches, clean data and noise in fp32, coordinates, captions."""
+    token = 3 * job.model.patch_values * FLOAT + 3 * 8 + FLOAT
+    return job.rows * (job.row.length * token + job.row.text * job.model.text_width * FLOAT)

@@ -11,27 +11,27 @@ from typing import Any
 import torch
 
 from megasora.models.families import build_model
-from megasora.parallel.layout import Layout
 from megasora.parallel.plan import PLANS
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One weight. `split`: the dimension that tensor parallelism divides, if it does."""
+    """One weight. `split`: the dimension that tensor parallelism divides, if it does; `block`: the number of the block that it is
+    of, None for what comes before and after them."""
 
     name: str
     shape: tuple[int, ...]
     split: int | None
+    block: int | None
 
     @property
     def count(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def block(self) -> int | None:
-        """The number of the block that it is of; None for what comes before and after them."""
-        found = re.match(r"blocks\.(\d+)\.", self.name)
-        return int(found[1]) if found else None
+    def module(self) -> str:
+        """The part of the model that it is of."""
+        return self.name.partition(".")[0]
 
     def divided(self, tp: int) -> tuple[int, ...]:
         """Its shape on a rank of a tensor group."""
@@ -60,8 +60,43 @@ def model_parameters(config: Any) -> tuple[Parameter, ...]:
     with torch.device("meta"):
         model = build_model(config)
     return tuple(
-        Parameter(name, tuple(tensor.shape), split_dim(config.family, name)) for name, tensor in model.named_parameters()
+        Parameter(name, tuple(tensor.shape), split_dim(config.family, name), block_number(name))
+        for name, tensor in model.named_parameters()
     )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of some parameters on one rank: whole, as FSDP stores them, and what is really its own; the first two also of what
+    tensor parallelism leaves whole, the last of the matrices of blocks, which Muon updates; and how many tensors and such
+    matrices there are."""
+
+    here: int
+    stored: int
+    owned: int
+    whole_here: int
+    whole_stored: int
+    owned_matrices: int
+    matrices: int
+    tensors: int
+
+
+@lru_cache(maxsize=4096)
+def sizes(config: Any, tp: int, shards: int) -> dict[int | str, Sizes]:
+    """By block number, and of what is around the blocks by module."""
+    found: dict[int | str, list[tuple[int, ...]]] = {}
+    for p in model_parameters(config):
+        here, stored, owned = p.here(tp), p.stored(tp, shards), p.owned(tp, shards)
+        whole = (here, stored) if p.split is None else (0, 0)
+        matrix = p.block is not None and len(p.shape) == 2 and ".weight" in p.name
+        values = (here, stored, owned, *whole, owned * matrix, int(matrix), 1)
+        found.setdefault(p.module if p.block is None else p.block, []).append(values)
+    return {key: Sizes(*map(sum, zip(*values, strict=True))) for key, values in found.items()}
+
+
+def block_number(name: str) -> int | None:
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def split_dim(family: str, name: str) -> int | None:
@@ -82,11 +117,3 @@ def by_module(parameters: Iterable[Parameter]) -> dict[str, int]:
         key = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
         counts[key] = counts.get(key, 0) + parameter.count
     return counts
-
-
-def stage_of(config: Any, layout: Layout, block: int) -> int:
-    """The pipeline stage of a block: stages have equal numbers of blocks, the first ones one more where they do not divide."""
-    blocks = config.depth + (config.single_depth if config.family == "mmdit" else 0)
-    small, longer = divmod(blocks, layout.pp)
-    edge = longer * (small + 1)
-    return block // (small + 1) if block < edge else longer + (block - edge) // small

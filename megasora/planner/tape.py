@@ -7,8 +7,8 @@ Triton kernels, as on a GPU, or by their references, as on a CPU; they keep diff
 Shapes as in `megasora.models.packing`. Bytes are of one rank.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 FLOAT = 4  # bytes of an fp32 number
 
@@ -51,6 +51,9 @@ class Collective:
         return self.moved * self.count
 
 
+Call = tuple[str, str, int, int]  # kind, axis, ranks, bytes in
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """How a block is computed on this rank: its share of a row, and the precision."""
@@ -81,9 +84,10 @@ class Tape:
     kept: dict[Value, str] = field(default_factory=dict)  # what backward needs, by the operation that wants it
     products: list[Value] = field(default_factory=list)  # outputs of matrix products, attention and collectives
     cast_weights: int = 0  # bytes of weights cast for this pass
+    operations: int = 0  # calls of operations, forward
     traffic: int = 0  # bytes read and written by all that is no matrix product
-    calls: list[tuple[str, str, int, int]] = field(default_factory=list)  # kind, axis, ranks, bytes in
-    backward_calls: list[tuple[str, str, int, int]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    backward_calls: list[Call] = field(default_factory=list)
 
     def value(self, rows: int, width: int, size: int | None = None) -> Value:
         return Value(rows, width, size or self.place.width_bytes)
@@ -93,18 +97,21 @@ class Tape:
             self.kept.setdefault(value, why)
 
     def touch(self, *values: Value) -> None:
+        """Reads and writes these: about one operation a pair."""
+        self.operations += max(1, len(values) // 2)
         self.traffic += sum(value.size for value in values)
 
     def float(self, x: Value) -> Value:
         """x in fp32: itself, if it is."""
         return x if x.bytes == FLOAT else Value(x.rows, x.width, FLOAT)
 
-    def linear(self, x: Value, outputs: int, tokens: str = "own", inputs: int | None = None) -> Value:
+    def linear(self, x: Value, outputs: int) -> Value:
         """x [rows, inputs] -> [rows, outputs]; keeps x, and the weights where they are a copy. In bf16 from fp32, x is a copy."""
         x = self.value(x.rows, x.width) if x.bytes != self.place.width_bytes else x
         self.keep("linear", x)
         if self.place.cast:
             self.cast_weights += x.width * outputs * self.place.width_bytes
+        self.operations += 2 if self.place.cast else 1
         y = self.value(x.rows, outputs)
         self.products.append(y)
         return y
@@ -177,7 +184,8 @@ class Tape:
         """RMS norm over the last dimension, or of each head; of a width that is split, the squares go round the group."""
         wide = self.float(x)
         normed = Value(x.rows, x.width, FLOAT)
-        self.keep("norm", wide, normed, Value(x.rows, heads, FLOAT))
+        fused = self.place.kernels and not (over_group and self.place.tp > 1)
+        self.keep("norm", wide, *([] if fused else [normed]), Value(x.rows, heads, FLOAT))
         if over_group and self.place.tp > 1:
             for calls in (self.calls, self.backward_calls):
                 calls.append(("all_reduce", "tp", self.place.tp, x.rows * FLOAT))
@@ -198,6 +206,7 @@ class Tape:
             q, k, v = (Value(x.rows, x.width, x.bytes) for x in (q, k, v))
             self.touch(q, k, v)
         y = Value(q.rows, q.width, q.bytes)
+        self.operations += pieces
         self.keep("attention", q, k, v, y, Value(q.rows, heads, FLOAT))
         self.products.append(y)
         return Value(q.rows, q.width, q.bytes) if pieces > 1 or copies else y
@@ -239,20 +248,12 @@ class Tape:
             return out
         return y
 
-    @property
+    @cached_property
     def saved(self) -> int:
         """Bytes kept from forward to backward, weights excepted."""
         return sum(value.size for value in self.kept)
 
-    @property
+    @cached_property
     def saved_selective(self) -> int:
         """Bytes kept where all but products and collectives are computed again."""
         return sum(value.size for value in self.products)
-
-
-def collectives(calls: Sequence[tuple[str, str, int, int]], times: int, hidden: bool = False) -> list[Collective]:
-    """Equal calls as one line."""
-    counts: dict[tuple[str, str, int, int], int] = {}
-    for call in calls:
-        counts[call] = counts.get(call, 0) + times
-    return [Collective(*call, count=count, hidden=hidden) for call, count in counts.items()]

@@ -70,7 +70,7 @@ class Watch(TorchDispatchMode):
         """A storage that is seen for the first time; `before`: it was made earlier, and does not count. Wrappers have none of
         their own: what they wrap counts."""
         if is_traceable_wrapper_subclass(tensor):
-            for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            for name in tensor.__tensor_flatten__()[0]:
                 if isinstance(inner := getattr(tensor, name), Tensor):
                     self.note(inner, before)
             return
@@ -139,7 +139,7 @@ def ranks_of(args: tuple[Any, ...]) -> tuple[int, ...]:
     for arg in reversed(args):
         if isinstance(arg, str):
             try:
-                group = dist.distributed_c10d._resolve_process_group(arg)
+                group = dist.distributed_c10d._resolve_process_group(arg)  # type: ignore[arg-type]
             except (RuntimeError, ValueError):
                 continue
             return tuple(dist.get_process_group_ranks(group))
