@@ -5,7 +5,7 @@ equal, or the rows that run at the same time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,7 @@ class Assignment:
     micro_costs: Floats
     lengths: list[int]
     tokens: int  # of all samples
+    widths: list[int] = field(default_factory=list)  # how many groups share each row; none: all rows are of one group
 
     def of(self, group: int) -> list[list[int]]:
         """A group's rows, one a micro-batch."""
@@ -57,7 +58,9 @@ class Assignment:
     @property
     def padding(self) -> float:
         """Share of padding in the rows."""
-        return 1 - self.tokens / (len(self.micro_costs) * sum(self.lengths))
+        widths = self.widths or [1] * len(self.lengths)
+        places = sum(length / width for length, width in zip(self.lengths, widths, strict=True))
+        return 1 - self.tokens / (len(self.micro_costs) * places)
 
 
 def assign(
@@ -79,6 +82,11 @@ def assign(
         raise ValueError(f"a sample of {int(token.max())} tokens is larger than a row of {capacity}")
     if len(token) % groups:
         raise ValueError(f"{len(token)} samples do not divide over {groups} data-parallel groups")
+    return spread(token, cost, groups, capacity, meet, multiple)
+
+
+def spread(token: Floats, cost: Floats, groups: int, capacity: int, meet: Meet, multiple: int) -> Assignment:
+    """`assign` of any number of samples that leaves no group without."""
     row, rows = pack(token, cost, groups, capacity, meet)
     micros = rows // groups
     slot_of, _ = deal(np.bincount(row, cost, rows), groups, meet)

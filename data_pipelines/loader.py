@@ -5,7 +5,7 @@ others, and a run resumes at any step on any number of ranks and workers.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.items import Items, SampleSource, find_items
 from data_pipelines.latent_shards import Latent, read_latent
 from data_pipelines.order import Mixture, Order, Permutation, draw, uniform
+from data_pipelines.pools import assign_pools
 from data_pipelines.reading import Decode, as_they_are, read
 from data_pipelines.storage import CacheConfig
 from data_pipelines.workers import WorkerPool
@@ -124,6 +125,7 @@ class StepBatch:
 
     rows: list[list[Sample]]
     lengths: list[int]  # tokens that each row is padded to, the same on all ranks
+    widths: list[int]  # how many ranks share each row; 0: as many as always
     keys: list[str]  # of the global batch, in order of position
     buckets: dict[str, int]  # of the global batch: bucket -> samples
     tokens: int  # of the global batch, without padding
@@ -156,7 +158,8 @@ class Loader:
     """Reads the segment of a run: the sources, by weight, through the stage's buckets, in the order of `seed`.
 
     `tokens_of(bucket)`, `flops_of(bucket, text tokens)` and `cost_of` come from the model; a cost may be of any unit. Ranks
-    `meet` once a step or in every micro-batch. `obey` maps positions to the keys that an earlier attempt read instead; `pin`
+    `meet` once a step or in every micro-batch; given `widths`, so many of them may share a row, the last of which form a pool.
+    `obey` maps positions to the keys that an earlier attempt read instead; `pin`
     puts latents where a GPU copies from while it computes. Raises DataError if no sample of a source fits a bucket, or if
     none of a bucket's can be read.
     """
@@ -174,12 +177,13 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
         meet: Meet = "step",
+        widths: Sequence[int] = (),
         obey: dict[int, str] | None = None,
         pin: bool = False,
     ) -> None:
         self.sources, self.opener, self.config, self.seed = list(sources), opener, config, seed
         self.tokens_of, self.flops_of, self.cost_of = tokens_of, lru_cache(None)(flops_of), lru_cache(None)(cost_of)
-        self.rank, self.ranks, self.meet, self.pin = rank, ranks, meet, pin
+        self.rank, self.ranks, self.meet, self.widths, self.pin = rank, ranks, meet, widths, pin
         self.obey = obey or {}
         self.items: list[Items] = [
             find_items(source, buckets, encoded=opener.encoded, bounds=config.scores, fps=opener.fps)
@@ -230,6 +234,7 @@ class Loader:
         return StepBatch(
             rows=rows,
             lengths=ahead.assignment.lengths,
+            widths=ahead.assignment.widths or [0] * len(ahead.assignment.lengths),
             keys=[self.sources[item.source].key(item.row) for item in ahead.items],
             buckets={str(bucket): n for bucket, n in sorted(Counter(buckets).items())},
             tokens=sum(map(self.tokens_of, buckets)),
@@ -262,7 +267,10 @@ class Loader:
         items = [self.item_at(p) for p in range(first, first + self.config.global_batch)]
         tokens = [self.tokens_of(item.bucket) for item in items]
         costs = [self.cost_of(item.bucket, item.text_tokens) for item in items]
-        return items, assign(tokens, costs, self.ranks, self.config.capacity, self.meet, self.config.row_multiple)
+        capacity, multiple = self.config.capacity, self.config.row_multiple
+        if self.widths:
+            return items, assign_pools(tokens, costs, self.ranks // self.widths[-1], self.widths, capacity, multiple)
+        return items, assign(tokens, costs, self.ranks, capacity, self.meet, multiple)
 
     def _submit(self, readers: ThreadPoolExecutor, workers: WorkerPool | None, step: int) -> _Ahead:
         items, assignment = self.plan(step)

@@ -18,7 +18,7 @@ from megasora.models.attention import find_attention
 from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
 from megasora.parallel.mesh import Processes
-from megasora.parallel.plan import PLANS, check_layout
+from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
 
@@ -27,10 +27,8 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
     find_attention(config.model.attention)
     check_layout(config.model, group.layout)
-    if group.layout.tp > 1 and (config.eval.every or config.eval.loss_every):
-        raise ConfigError(
-            f"eval.every={config.eval.every}: not with tensor parallelism in this version; 0, also eval.loss_every"
-        )
+    if config.eval.every:
+        check_rollout(config, group)
     for key, path in (
         ("clip", config.eval.clip),
         ("fvd", config.eval.fvd),
@@ -63,7 +61,7 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
             raise ConfigError(
                 f"model.patch={list(config.model.patch)}: does not divide the {sizes} latent of bucket {bucket}"
             )
-    unit = math.lcm(2 * group.layout.tp * group.layout.cp, 128)
+    unit = math.lcm(2 * group.layout.tp * group.layout.cp, 128) * (group.layout.cp if group.layout.dynamic else 1)
     largest = max(
         tokens_of(bucket, latents.compression, config.model.patch)
         for stage in config.stages
@@ -80,6 +78,12 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
             f"data.row_multiple={config.data.row_multiple}: a multiple of {unit} that divides data.capacity={capacity}; "
             f"nearest is {unit}"
         )
+
+
+def check_rollout(config: Config, group: Processes) -> None:
+    """Raises ConfigError, with the nearest layout that works, where the videos of a layout's model cannot be made."""
+    if group.layout.pp > 1 and chunk_of(config.model):
+        raise refusal(group.layout, "a chunk-causal model makes videos (eval.every) without stages", pp=1)
 
 
 def open_run_directory(config: Config, group: Processes) -> Path:
@@ -101,7 +105,8 @@ def build_engine(config: Config, group: Processes) -> Engine:
         torch.use_deterministic_algorithms(True)
     build = partial(build_model, config.model)
     plan = PLANS.get(config.model.family, [])
-    return TorchNative(build, fold(config.run.seed, "weights"), group, config.precision, config.optim, plan)
+    seed = fold(config.run.seed, "weights")
+    return TorchNative(build, seed, group, config.parallel, config.precision, config.optim, plan)
 
 
 def find_objective(config: Config) -> Objective | None:

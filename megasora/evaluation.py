@@ -3,6 +3,7 @@
 Both are of the averaged weights, and nothing in them is drawn anew: two evaluations differ by the weights alone.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,9 @@ from megasora.engines.torch_native import Engine
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, build_microbatch
 from megasora.observe.scores import clip_score, fvd
-from megasora.parallel.mesh import Processes
+from megasora.parallel.mesh import Processes, on_main
 from megasora.rendering import make_prompts, render
-from megasora.sampling import Generator
+from megasora.sampling import Generator, turns
 from megasora.schema import Config, EvalConfig, Stage
 from megasora.seeding import fold
 from megasora.training_data import TrainingData, build_loader, data_at, open_data
@@ -50,7 +51,7 @@ def evaluation_loss(
         for quantile in config.eval.quantiles if objective else (None,):
             for row, length in zip(batch.rows, batch.lengths, strict=True):
                 micro = build_microbatch(row, replace(recipe, quantile=quantile), length)
-                losses = sample_losses(engine.model, micro, objective)
+                losses = sample_losses(engine.predict, micro, objective)
                 names = [str(sample.bucket) for sample in row]
                 at = "" if quantile is None else f"q{quantile:.2f}"
                 found += [(at, name, value) for name, value in zip(names, losses.tolist(), strict=False)]
@@ -59,7 +60,7 @@ def evaluation_loss(
     return averages([line for lines in everyone for line in lines])
 
 
-def sample_losses(model: nn.Module, batch: MicroBatch, objective: Any) -> Tensor:
+def sample_losses(model: Callable[..., Tensor], batch: MicroBatch, objective: Any) -> Tensor:
     """[S]: each sample's mean loss."""
     row = batch.row
     if objective is None:
@@ -80,18 +81,31 @@ def averages(found: list[tuple[str, str, float]]) -> dict[str, float]:
 
 
 def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[tuple[str, np.ndarray]]:
-    """(caption, uint8 [T, H, W, 3]) of the prompts of eval, by the settings of `sample`. All ranks compute."""
+    """(caption, uint8 [T, H, W, 3]) of the prompts of eval, by the settings of `sample`, on the main process. All ranks call it,
+    and divide the prompts."""
     objective = find_objective(config)
     settings = replace(config.sample, prompts=config.eval.prompts or config.sample.prompts)
     if objective is None or not (settings.prompts or settings.labels):
         return []
     stage, text = open_encoders(config.encode, config.data.latents_at, group.device)
-    generator = Generator(engine.model, config.model, objective, config.objective, settings, group.device)
+    generator = Generator(
+        engine.predict,
+        config.model,
+        objective,
+        config.objective,
+        settings,
+        group.device,
+        multiple=group.part(group.layout.cp)[1],
+    )
+    prompts, mine = make_prompts(settings, text), {}
     with engine.averaged():
-        return [
-            (caption, np.concatenate(list(render(generator, stage, prompt))))
-            for caption, prompt in make_prompts(settings, text)
-        ]
+        for i in turns(len(prompts), group.data_rank, group.layout.dp):
+            caption, prompt = prompts[min(i, len(prompts) - 1)]
+            video = np.concatenate(list(render(generator, stage, prompt)))
+            if group.speaks and i < len(prompts):
+                mine[i] = caption, video
+    videos = on_main(group, mine)
+    return [videos[i] for i in sorted(videos)]
 
 
 def score_videos(config: EvalConfig, videos: list[tuple[str, np.ndarray]]) -> dict[str, float]:

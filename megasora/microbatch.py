@@ -6,7 +6,7 @@ every layout, and again when its step is replayed.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class MicroBatch:
     data: Tensor  # [L, P]
     noise: Tensor  # [L, P]
     weight: Tensor  # [L], or [S] of a classifier; zero for padding and for given frames
+    width: int = 0  # how many of the context-parallel ranks share it; 0: all
 
     def part(self, index: int, parts: int, shared: int) -> "MicroBatch":
         """One of so many equal stretches of its tokens; attention layers see `shared` neighbouring ones."""
@@ -60,7 +61,8 @@ class Recipe:
 
 def build_rows(batch: StepBatch, recipe: Recipe) -> list[MicroBatch]:
     """This rank's micro-batches of a step."""
-    return [build_microbatch(row, recipe, length) for row, length in zip(batch.rows, batch.lengths, strict=True)]
+    rows = zip(batch.rows, batch.lengths, batch.widths, strict=True)
+    return [replace(build_microbatch(row, recipe, length), width=width) for row, length, width in rows]
 
 
 def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> MicroBatch:

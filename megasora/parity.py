@@ -74,11 +74,11 @@ def run(config: Config, group: Processes) -> Outcome:
     if COUNT % group.layout.dp:
         raise ConfigError(f"parallel.layout={group.layout}: parity divides {COUNT} rows among data-parallel ranks")
     engine = TorchNative(
-        noisy(partial(build_model, config.model)), fold(config.run.seed, "weights"), group, config.precision,
+        noisy(partial(build_model, config.model)), fold(config.run.seed, "weights"), group, config.parallel, config.precision,
         replace(config.optim, ema=0.0), PLANS.get(config.model.family, []),
     )  # fmt: skip
     mine = list(range(COUNT))[group.data_rank :: group.layout.dp]
-    rows = [parity_row(config, group, number) for number in mine]
+    rows = [replace(parity_row(config, group, n), width=width) for n, width in rows_of(group, mine)]
     loss_of = training_loss(build_parity_recipe(config, group))
     losses, norms, gradients = [], [], dict[str, Tensor]()
     for _ in range(3):
@@ -93,6 +93,21 @@ def run(config: Config, group: Processes) -> Outcome:
         engine.loaded()
     parameters = of_all_stages(group, {name: whole(p.detach()) for name, p in engine.owned.items()})
     return Outcome(losses[0], norms[0], gradients, parameters)
+
+
+def rows_of(group: Processes, mine: list[int]) -> list[tuple[int, int]]:
+    """This rank's rows among those of its data-parallel group, and how many ranks share each: where the layout lets rows differ,
+    a pool goes through all widths, from narrow to wide."""
+    layout, place = group.layout, group.place["cp"]
+    found, first = [], 0
+    for width in layout.widths:
+        side_by_side = layout.cp // width
+        while len(mine) - first >= side_by_side:
+            found.append((mine[first + place // width], width))
+            first += side_by_side
+            if width < layout.cp:
+                break  # one micro-batch of each but the widest
+    return found
 
 
 def build_parity_recipe(config: Config, group: Processes) -> Any:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megasora.diffusion.objective import Objective
 from megasora.diffusion.samplers import SAMPLERS, Sampler, guidance_at, guide
 from megasora.errors import ConfigError
 from megasora.models.base import Cache
 from megasora.models.families import AnyModelConfig, chunk_of, window_of
-from megasora.models.packing import Item, Patch, in_patches, pack, patchify, unpatchify
+from megasora.models.packing import Item, PackedRow, Patch, in_patches, pack, patchify, unpatchify
 from megasora.models.text import Text
 from megasora.schema import SampleConfig
 from megasora.seeding import normal
@@ -46,19 +46,22 @@ class Given:
 
 
 class Generator:
-    """A model together with how it is sampled from."""
+    """A model together with how it is sampled from. `predict` is the model, or stands for one that is spread over processes and
+    takes rows of a `multiple` of tokens."""
 
     def __init__(
         self,
-        model: nn.Module,
+        predict: Callable[..., Tensor],
         config: AnyModelConfig,
         objective: Objective,
         objective_name: str,
         settings: SampleConfig,
         device: torch.device,
         progress: Callable[[], None] = lambda: None,
+        multiple: int = 1,
     ) -> None:
-        self.model, self.config, self.objective, self.settings = model, config, objective, settings
+        self.predict, self.config, self.objective, self.settings = predict, config, objective, settings
+        self.multiple = multiple
         samplers = SAMPLERS[objective_name]
         self.sampler: Sampler = samplers[settings.sampler or next(iter(samplers))]
         self.device, self.progress = device, progress
@@ -174,11 +177,20 @@ class Generator:
             for text, label in conditions
         ]  # fmt: skip
         if caches is None:
-            answers = self.model(pack(items)).float().chunk(len(items))
+            answer = self.predict(self._pack(items)).float()[: len(items) * len(tokens)]
+            answers = list(answer.chunk(len(items)))
         else:
-            used = zip(items, caches, strict=False)
-            answers = [self.model(pack([item]), c if remember else dict(c)).float() for item, c in used]
+            answers = []
+            for item, cache in zip(items, caches, strict=False):
+                row = self._pack([item])
+                answers.append(self.predict(row, cache if remember else dict(cache)).float()[: len(tokens)])
+                if remember and (padding := row.video.total - len(tokens)):
+                    cache.update({layer: (k[:-padding], v[:-padding]) for layer, (k, v) in cache.items()})
         return [split_variance(answer, self.objective.outputs, shape, patch) for answer in answers]
+
+    def _pack(self, items: Sequence[Item]) -> PackedRow:
+        tokens = sum(len(item.patches) for item in items)
+        return pack(items, -(-tokens // self.multiple) * self.multiple)
 
     def _forget(self, caches: list[Cache], latent: Tensor) -> None:
         """Drops what lies further back than the model's window."""
@@ -189,6 +201,12 @@ class Generator:
             for cache in caches:
                 for layer, (k, v) in cache.items():
                     cache[layer] = k[-kept:].clone(), v[-kept:].clone()
+
+
+def turns(count: int, index: int, ranks: int) -> list[int]:
+    """Which of `count` videos a rank makes, one after the other; beyond them where none is left, for ranks that gather weights
+    together must make as many as each other."""
+    return list(range(index, -(-count // ranks) * ranks, ranks))
 
 
 def split_variance(answer: Tensor, outputs: int, shape: Sequence[int], patch: Patch) -> tuple[Tensor, Tensor | None]:

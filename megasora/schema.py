@@ -22,6 +22,7 @@ from megasora.engines.torch_native import EngineConfig
 from megasora.models.families import CLASSIFIERS, AnyModelConfig
 from megasora.models.vae import VAEConfig
 from megasora.models.video_dit import VideoDiTConfig
+from megasora.parallel.layout import ParallelConfig
 from megasora.vae_training import TrainVAEConfig
 
 
@@ -45,13 +46,6 @@ class RunConfig:
         for name in ("dir", "resume"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name}=: is empty; leave it out for the default")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the processes share the work: `auto`, or terms such as dp4,zero2 or hsdp2x4,zero3."""
-
-    layout: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ def build_loader(
     config: Config, group: Processes, data: TrainingData, stage: Stage, segment: int, obey: dict[int, dict[int, str]]
 ) -> Loader:
     """The stage's view of the data, balanced by the model's own FLOPs or by measured seconds."""
-    compression, patch = data.facts.compression, config.model.patch
+    compression, patch, layout = data.facts.compression, config.model.patch, group.layout
 
     def tokens(bucket: Bucket) -> int:
         return tokens_of(bucket, compression, patch)
@@ -133,9 +133,10 @@ def build_loader(
         tokens_of=tokens,
         flops_of=flops,
         cost_of=cost,
-        rank=group.data_rank,
-        ranks=group.layout.dp,
-        meet="micro" if group.layout.zero == 3 else "step",
+        rank=group.data_rank * layout.cp + group.place["cp"] if layout.dynamic else group.data_rank,
+        ranks=layout.dp * (layout.cp if layout.dynamic else 1),
+        widths=layout.widths if layout.dynamic else (),
+        meet="micro" if layout.zero == 3 else "step",
         obey=obey.get(segment, {}),
         pin=group.device.type == "cuda",
     )

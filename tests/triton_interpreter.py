@@ -60,22 +60,31 @@ def correct() -> None:
 def check_memory() -> None:
     """From now on a launch raises when it leaves its tensors, or when one program stores what another one touches."""
     spans: list[tuple[int, int]] = []  # [start, end) addresses of the launch's tensors
-    writer: dict[int, tuple[int, ...]] = {}  # address -> the program that stored it
-    reader: dict[int, tuple[int, ...]] = {}  # address -> the first program that loaded it
+    arenas: list[
+        tuple[int, int, np.ndarray, np.ndarray]
+    ] = []  # the same, merged: of each byte who stored it, who loaded it
+    programs: list[tuple[int, ...]] = []  # those that have touched something; 0 is nobody
     init = interp.GridExecutor._init_args_hst
     load, store = interp.InterpreterBuilder.create_masked_load, interp.InterpreterBuilder.create_masked_store
 
     def start_launch(executor: Any, args: Any, kwargs: Any) -> Any:
         host_args, host_kwargs = init(executor, args, kwargs)
         spans.clear()
-        writer.clear()
-        reader.clear()
+        arenas.clear()
+        programs[:] = [()]
         for value in [*host_args, *host_kwargs.values()]:
             tensor = getattr(value, "base", value)  # of a descriptor
             if isinstance(tensor, torch.Tensor) and tensor.numel():
                 steps = zip(tensor.shape, tensor.stride(), strict=True)
                 extent = sum((size - 1) * stride for size, stride in steps) + 1
                 spans.append((tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()))
+        merged: list[list[int]] = []
+        for low, high in sorted(spans):
+            if merged and low <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], high)
+            else:
+                merged.append([low, high])
+        arenas.extend((low, high, *np.zeros((2, high - low), np.int32)) for low, high in merged)
         return host_args, host_kwargs
 
     def check(builder: Any, pointers: Any, mask: Any, what: str) -> None:
@@ -88,15 +97,22 @@ def check_memory() -> None:
         program = tuple(builder.grid_idx)
         if not inside.all():
             raise IndexError(f"{what} out of bounds at {(~inside).sum()} of {inside.size} addresses, program {program}")
-        for address in np.unique(addresses).tolist():
-            if writer.get(address, program) != program:
-                raise RuntimeError(f"race: {what} in program {program} of what program {writer[address]} stored")
+        if programs[-1] != program:
+            programs.append(program)
+        me = len(programs) - 1
+        for low, high, writer, reader in arenas:
+            place = addresses[(addresses >= low) & (addresses < high)] - low
+            others = writer[place][(writer[place] != 0) & (writer[place] != me)]
+            if others.size:
+                raise RuntimeError(f"race: {what} in program {program} of what program {programs[others[0]]} stored")
             if what == "load":
-                reader.setdefault(address, program)
-            elif reader.get(address, program) != program:
-                raise RuntimeError(f"race: store in program {program} of what program {reader[address]} loaded")
-            else:
-                writer[address] = program
+                first = place[reader[place] == 0]
+                reader[first] = me
+                continue
+            others = reader[place][(reader[place] != 0) & (reader[place] != me)]
+            if others.size:
+                raise RuntimeError(f"race: store in program {program} of what program {programs[others[0]]} loaded")
+            writer[place] = me
 
     def checked_load(builder: Any, pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         check(builder, pointers, mask, "load")

@@ -19,8 +19,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megasora_kernels.layernorm_modulate import spread
-from megasora_kernels.run_sums import jit, row_launch, rows, sum_runs
+from megasora_kernels.packed import check_row, jit, row_launch, rows, spread
+from megasora_kernels.run_sums import sum_runs
 from torch import Tensor
 
 try:
@@ -160,19 +160,7 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, sample: Tensor) -> Tensor:
     non-decreasing. Nothing checks the values of `sample` on the GPU, since that would wait for it.
     Raises ValueError where shapes or types do not fit, ImportError on CUDA without Triton.
     """
-    if (
-        x.ndim != 2
-        or y.shape != x.shape
-        or gate.ndim != 2
-        or gate.shape[1] != x.shape[1]
-        or sample.shape != x.shape[:1]
-    ):
-        shapes = [*map(list, (x.shape, y.shape, gate.shape, sample.shape))]
-        raise ValueError(f"x and y [L, D], gate [S, D], sample [L] do not fit: {shapes}")
-    if gate.dtype != torch.promote_types(x.dtype, torch.float32):
-        raise ValueError(
-            f"gate of {x.dtype} tokens must be {torch.promote_types(x.dtype, torch.float32)}, not {gate.dtype}"
-        )
+    check_row({"x": x, "y": y}, {"gate": gate}, sample)
     if x.is_cuda and x.dtype != torch.float64:
         return gated_triton(x, y, gate, sample)
     return gated_reference(x, y, gate, sample)

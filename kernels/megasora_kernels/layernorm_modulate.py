@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megasora_kernels.run_sums import jit, row_launch, rows, sum_runs
+from megasora_kernels.packed import check_row, jit, row_launch, rows, spread
+from megasora_kernels.run_sums import sum_runs
 from torch import Tensor
 
 try:
@@ -40,19 +41,6 @@ def layernorm_modulate_reference(x: Tensor, scale: Tensor, shift: Tensor, sample
     inner = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(inner), (x.shape[-1],), eps=eps)
     return torch.addcmul(spread(shift, sample), normed, spread(1 + scale, sample)).to(x.dtype)
-
-
-def spread(values: Tensor, sample: Tensor) -> Tensor:
-    """[S, D] of samples -> [L, D] of their tokens, `sample` [L] non-decreasing.
-
-    On a CPU by stretches, whose gradients are plain sums; those of an index are added element by element.
-    """
-    if sample.is_cuda:
-        return values.index_select(0, sample)
-    if len(values) == 1:
-        return values.expand(len(sample), -1)
-    lengths = torch.bincount(sample, minlength=len(values)).tolist()
-    return torch.cat([row.expand(n, -1) for row, n in zip(values, lengths, strict=True)])
 
 
 @jit
@@ -237,17 +225,7 @@ def layernorm_modulate(x: Tensor, scale: Tensor, shift: Tensor, sample: Tensor, 
     values of `sample` on the GPU, since that would wait for it. Returns [L, D] in the type of x.
     Raises ValueError where shapes or types do not fit, ImportError on CUDA without Triton.
     """
-    modulation = torch.promote_types(x.dtype, torch.float32)
-    if x.ndim != 2 or scale.ndim != 2 or shift.shape != scale.shape or scale.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"x [L, D], scale and shift [S, D] do not fit: {[*map(list, (x.shape, scale.shape, shift.shape))]}"
-        )
-    if scale.dtype != modulation or shift.dtype != modulation:
-        raise ValueError(
-            f"scale and shift of {x.dtype} tokens must be {modulation}, not {scale.dtype} and {shift.dtype}"
-        )
-    if sample.shape != x.shape[:1] or sample.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"sample must be int32 or int64 of shape {[*x.shape[:1]]}: {sample.dtype} {[*sample.shape]}")
+    check_row({"x": x}, {"scale": scale, "shift": shift}, sample)
     if x.is_cuda and x.dtype != torch.float64:
         return layernorm_modulate_triton(x, scale, shift, sample, eps)
     return layernorm_modulate_reference(x, scale, shift, sample, eps)

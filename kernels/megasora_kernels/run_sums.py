@@ -7,9 +7,7 @@ The order of addition is fixed: the same bits every time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
+from megasora_kernels.packed import jit
 from torch import Tensor
 
 try:
@@ -19,22 +17,6 @@ except ImportError:  # a plain CPU install: only the references are used
     triton = None
 
 SUM_SLOTS, SUM_COLUMNS = 64, 32  # tile: 128 bytes of a row, many rows in flight
-
-
-def jit(kernel: Callable[..., None]) -> Any:
-    """Triton's, where there is Triton."""
-    return kernel if triton is None else triton.jit(kernel)
-
-
-def row_launch(width: int) -> dict[str, int]:
-    """The block that holds one token in registers, and the warps that share it: 16 values a thread up to D = 8192."""
-    block_width = triton.next_power_of_2(width)
-    return {"block_width": block_width, "num_warps": min(max(block_width // 512, 1), 16)}
-
-
-def rows(modulation: Tensor) -> Tensor:
-    """As it is, where each row is contiguous: the six modulations of a block are views of one tensor."""
-    return modulation if modulation.stride(1) == 1 else modulation.contiguous()
 
 
 @jit

@@ -20,9 +20,11 @@ from megasora.engines.optim import OptimConfig, build_optimizers
 from megasora.models.base import Model
 from megasora.models.packing import PackedRow
 from megasora.parallel.context import ContextAttention
+from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import Processes
-from megasora.parallel.pipeline import Pipeline, Stages
-from megasora.parallel.tensor import Style, is_split, split_model
+from megasora.parallel.pipeline import Pipeline, Stages, on_all_stages
+from megasora.parallel.remat import recompute
+from megasora.parallel.tensor import Style, gathered, is_split, split_model
 from megasora.parallel.zero import OptimizerShards, all_reduce_together, local, shard_model
 
 Answering = Callable[..., Tensor]  # a model, or its last stage: (row) -> the answer
@@ -33,6 +35,11 @@ class Part(Protocol):
 
     @property
     def row(self) -> PackedRow: ...
+
+    @property
+    def width(self) -> int:
+        """How many of the context-parallel ranks share it; 0: all."""
+        ...
 
     def part(self, index: int, parts: int, shared: int) -> Any: ...
 
@@ -84,6 +91,10 @@ class Engine(Protocol):
         """A context in which the model has the EMA's weights."""
         ...
 
+    def predict(self, row: PackedRow, *options: Any) -> Tensor:
+        """The model's answer for a whole row, fp32, on every rank of a replica, which all ask for it."""
+        ...
+
 
 class TorchNative:
     """DDP for zero0, shards of the optimizer for zero1, FSDP2 for zero2, zero3 and HSDP; stages of a pipeline, split layers, cut
@@ -98,6 +109,7 @@ class TorchNative:
         build: Callable[[], Model[Any]],
         seed: int,
         processes: Processes,
+        parallel: ParallelConfig,
         config: EngineConfig,
         optim: OptimConfig,
         plan: list[tuple[str, Style]],
@@ -107,10 +119,11 @@ class TorchNative:
         with torch.device("meta"):
             model = build()
         if layout.cp > 1:
-            model.attention = ContextAttention(model.attention, processes.context)
+            model.attention = ContextAttention(model.attention, processes.contexts)
         if layout.tp > 1:
-            split_model(model, plan, processes.mesh["tp"])
+            split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
+        recompute(model.blocks.children(), parallel.recompute, parallel.offload)
         lower = config.precision == "bf16"
         self.fsdp = layout.zero >= 2
         if self.fsdp:
@@ -134,8 +147,7 @@ class TorchNative:
         self.ema = {name: p.detach().clone() for name, p in self.owned.items()} if optim.ema else {}
 
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[Answering, Row], Tensor]) -> Tensor:
-        layout = self.processes.layout
-        mine = [row.part(*self.processes.part) if layout.cp * layout.tp > 1 else row for row in rows]
+        mine = [self._mine(row) for row in rows]
         if self.pipeline is not None:
             total = self.pipeline.step(mine, self._autocasting(loss), self._backward)
         else:
@@ -150,6 +162,11 @@ class TorchNative:
         self._reduce()
         dist.all_reduce(total)
         return total
+
+    def _mine(self, row: Row) -> Row:
+        """This rank's stretch of a row."""
+        index, parts, shared = self.processes.part(row.width or self.processes.layout.cp)
+        return row.part(index, parts, shared) if parts > 1 else row
 
     def _backward(self, y: Tensor, gradient: Tensor | None, last: bool) -> None:
         """Of a loss, or of what a stage gave, whose gradient came back. Gradients travel with the last one of a step."""
@@ -257,6 +274,25 @@ class TorchNative:
             torch._foreach_copy_(live, kept)
             self.loaded()
 
+    @torch.no_grad()
+    def predict(self, row: PackedRow, *options: Any) -> Tensor:
+        """The row is cut as in training. With options of the model's (cached keys) only the tensor group cuts it."""
+        index, parts, shared = self.processes.part(self.processes.layout.cp)
+        if options:
+            index, parts = index % shared, shared
+        mine = row.part(index, parts, shared) if parts > 1 else row
+        mesh = self.processes.mesh
+        with self._autocast():
+            if self.pipeline is None:
+                y = self.model(mine, *options).float()
+            else:
+                assert not options
+                y = on_all_stages(self.pipeline.answer(mine), mesh["pp"].get_group(), self.processes.device)
+        for axis, count in (("tp", shared), ("cp", parts // shared)):
+            if count > 1:
+                y = gathered(y, mesh[axis].get_group())
+        return y
+
     def loaded(self) -> None:
         """To be called when the tensors of `tensors` have been given other values: what was gathered of them is stale."""
         if self.shards is not None:
@@ -268,7 +304,7 @@ class TorchNative:
     def _autocasting(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def cast(model: Callable[..., Tensor], row: Any) -> Tensor:
             with self._autocast():
-                return loss(model, row)
+                return loss(model, row) * self.processes.share
 
         return cast
 

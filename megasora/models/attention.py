@@ -1,35 +1,63 @@
-"""Attention over packed rows: each segment's queries see its own keys only. Context parallelism replaces this one seam."""
+"""Attention over packed rows: each segment's queries see its own keys only. Context parallelism replaces this one seam.
 
-import importlib.util
+Which kernels compute it is chosen once, by what is installed and what the device can do (`choose`); flash.py has them all.
+"""
+
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megasora.errors import ConfigError
+from megasora.models.flash import CAPABILITY, FLASH, HOW, MODULES, VARLEN, Flash, lacks
 from megasora.models.packing import Order, Segments, Windows
 
 Attention = Callable[[Tensor, Tensor, Tensor, Segments | Order, Segments | Windows | Order], Tensor]
+NAMES = ("auto", "sdpa", "flash4", "flash3", "flash2", "te", "cudnn", "triton")  # of model.attention
+PREFERRED = ("flash3", "flash4", "flash2", "te")  # on a GPU, before torch's own; none has been measured here
+
+log = logging.getLogger("megasora")
 
 
-def ordered(attend: Callable[[Tensor, Tensor, Tensor, Segments, Segments | Windows], Tensor]) -> Attention:
-    """An attention over segments -> one that knows `Order`s too: it puts the tokens there and back."""
+@dataclass(frozen=True)
+class ChosenAttention:
+    """An `Attention` by one library."""
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, queries: Segments | Order, keys: Segments | Windows | Order
+    name: str
+    forced: bool
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Segments | Order, keys: Segments | Windows | Order
     ) -> Tensor:
-        if not isinstance(queries, Order):
-            assert not isinstance(keys, Order)
-            return attend(q, k, v, queries, keys)
-        q, k, v = (queries.enter(x) for x in (q, k, v))  # [L, N, K] each
-        return queries.leave(attend(q, k, v, queries.segments, queries.segments))  # [L, N, K]
+        """q [L, N, K], k and v [M, N, K] -> [L, N, K]."""
+        if isinstance(queries, Order):
+            assert not isinstance(keys, Segments | Windows)
+            q, k, v = (queries.enter(x) for x in (q, k, v))  # [L, N, K] each: those that see each other side by side
+            return queries.leave(self(q, k, v, queries.segments, queries.segments))
+        assert not isinstance(keys, Order)
+        if self.name == "sdpa" or (q.dtype == torch.float32 and not self.forced):  # only torch takes 32 bits
+            return sdpa_attention(q, k, v, queries, keys)
+        if q.dtype == torch.float32:
+            raise ConfigError(
+                f"model.attention={self.name}: takes 16 bits only: precision.precision=bf16, or attention=sdpa"
+            )
+        if self.name == "cudnn":
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return sdpa_attention(q, k, v, queries, keys)
+        return varlen_attention(self.name, q, k, v, queries, keys)
 
-    return attention
+
+def flash_of(attention: Attention) -> Flash:
+    """The kernels of a ring of ranks: the same library's, or torch's where it does not hand out what a ring needs."""
+    return FLASH.get(attention.name if isinstance(attention, ChosenAttention) else "sdpa", FLASH["sdpa"])
 
 
-@ordered
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments | Windows) -> Tensor:
     """q [L, N, K], k and v [M, N, K] -> [L, N, K], by torch's flash attention; neighbouring segments of one size in one call.
 
@@ -55,31 +83,62 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
         y = F.scaled_dot_product_attention(next(batch), next(batch), next(batch))
         outputs.append(y.transpose(1, 2).flatten(0, 1))
     if not any(length and width for _, length, _, width in attended):
-        return (
-            q * 0 + (k.sum() + v.sum()) * 0
-        )  # nothing was seen, but every weight is of the graph: wrappers count on it
+        return nothing_seen(q, k, v)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-@ordered
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments | Windows) -> Tensor:
-    """The same by flash-attn 2's variable-length kernel (Dao 2023). Never run: needs a GPU and the extra [gpu]."""
-    from flash_attn import flash_attn_varlen_func
-
-    if isinstance(keys, Windows):  # the kernel wants every segment's keys side by side
+def varlen_attention(name: str, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments | Windows) -> Tensor:
+    """The same by a library that takes all segments at once."""
+    if not any(length and width for length, width in zip(queries.lengths, keys.lengths, strict=True)):
+        return nothing_seen(q, k, v)
+    if isinstance(keys, Windows):  # the kernels want every segment's keys side by side
         stretches = [torch.arange(a, a + n, device=k.device) for a, n in zip(keys.starts, keys.lengths, strict=True)]
         places = torch.cat(stretches)
         k, v, keys = k[places], v[places], Segments(keys.lengths, k.device)
-    return flash_attn_varlen_func(q, k, v, queries.cu_seqlens, keys.cu_seqlens, max(queries.lengths), max(keys.lengths))
+    return VARLEN[name](q, k, v, queries, keys)
 
 
-ATTENTION: dict[str, Attention] = {"sdpa": sdpa_attention, "flash": flash_attention}
+def nothing_seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros, but every weight is of the graph: wrappers count on it."""
+    return q * 0 + (k.sum() + v.sum()) * 0
 
 
-def find_attention(name: str) -> Attention:
-    """The function of that name. Raises ConfigError when what it needs is not installed."""
-    if name == "flash" and importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(
-            "model.attention=flash: flash-attn is not installed: pip install 'megasora[gpu]', or use sdpa"
-        )
-    return ATTENTION[name]
+def why_not(name: str, capability: int | None) -> str:
+    """Why these kernels cannot run on a device of that compute capability (90 for an H100, None for a CPU); empty if they can."""
+    if missing := lacks(*MODULES.get(name, ())):
+        return f"{missing} is not installed: {HOW[name]}"
+    least = CAPABILITY.get(name, 0)
+    if least and capability is None:
+        return "there is no CUDA device"
+    if capability is not None and capability < least:
+        return f"a GPU of compute capability {least / 10} or more is needed, this one has {capability / 10}"
+    return ""
+
+
+def choose(name: str, capability: int | None) -> tuple[str, str]:
+    """The kernels for `model.attention=name`, and why. Raises ConfigError where the forced ones cannot run."""
+    if name != "auto":
+        if reason := why_not(name, capability):
+            raise ConfigError(f"model.attention={name}: {reason}, or use auto")
+        return name, "as the config says"
+    if capability is None:
+        return "sdpa", "torch's flash attention for CPUs"
+    passed: list[str] = []
+    for candidate in PREFERRED:
+        reason = why_not(candidate, capability)
+        if not reason:
+            return candidate, "the first that can run here" + "".join(f"; {text}" for text in passed)
+        passed.append(f"not {candidate}: {reason}")
+    return "sdpa", "torch's own; " + "; ".join(passed)
+
+
+@cache
+def find_attention(name: str) -> ChosenAttention:
+    """The attention for `model.attention=name` on this machine's device, logged once. Raises ConfigError where it cannot run."""
+    capability = None
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    chosen, reason = choose(name, capability)
+    log.info("attention: %s (%s)", chosen, reason)
+    return ChosenAttention(chosen, forced=name != "auto")

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from megasora.models.attention import ATTENTION, Attention
+from megasora.models.attention import NAMES, Attention
 from megasora.models.packing import PackedRow, Patch
 
 Cache = dict[
@@ -18,7 +18,7 @@ class ModelConfig:
     """`preset` gives every number that the file or the command line does not. A width of 0 means: takes no such condition."""
 
     preset: str = ""
-    attention: str = "sdpa"
+    attention: str = "auto"
     width: int = 256
     depth: int = 8
     heads: int = 4
@@ -35,8 +35,8 @@ class ModelConfig:
         for name in ("width", "depth", "heads", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention={self.attention}: is not one of {', '.join(ATTENTION)}")
+        if self.attention not in NAMES:
+            raise ValueError(f"attention={self.attention}: is not one of {', '.join(NAMES)}")
         for name in ("text_width", "pooled_width", "classes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: not below 0")

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from megasora_kernels.gated import gated
+from megasora_kernels.gated_layernorm import gated_layernorm
 from megasora_kernels.layernorm_modulate import layernorm_modulate
 from torch import Tensor, nn
 
@@ -124,8 +125,8 @@ class AdaLNBlock(nn.Module):
         half = len(parts) // 2
         (shift1, scale1, *gate1), (shift2, scale2, *gate2) = parts[:half], parts[half:]
         y = layernorm_modulate(x, scale1, shift1, run, EPS)  # [L, D]
-        x = add(x, self.attention(y, y, segments, segments, attention), gate1, run)  # [L, D]
-        y = layernorm_modulate(x, scale2, shift2, run, EPS)  # [L, D]
+        y = self.attention(y, y, segments, segments, attention)  # [L, D]
+        x, y = gated_layernorm(x, y, gate1[0] if gate1 else None, scale2, shift2, run, EPS)  # [L, D] each
         return add(x, self.mlp(y), gate2, run)  # [L, D]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from megasora_kernels.layernorm_modulate import layernorm_modulate
+from megasora_kernels.qknorm_rope import qknorm_rope
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention
@@ -38,11 +39,9 @@ def sincos_embedding(grid: Tensor, width: int, max_period: float = 10_000.0) -> 
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width - 6 * frequencies))
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [L, N, K] turned by [L, K/2] angles, neighbouring channels being one complex number. Computed in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # [L, N, K/2]
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [L, N, K] turned by a `rotation_table` [L, K/2, 2], neighbouring channels being one complex number. Computed in fp32."""
+    return qknorm_rope(x.flatten(1), None, rotation, x.shape[-1])
 
 
 class RMSNorm(nn.Module):
@@ -55,6 +54,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+    def by_head(self, x: Tensor, head_width: int, rotation: Tensor | None) -> Tensor:
+        """[L, D] -> [L, N, K] heads, normed over the whole width or within each head, then turned if there is a rotation."""
+        return qknorm_rope(x, self.weight, rotation, head_width, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -3,15 +3,18 @@
 Esser et al. 2024 (double), Flux's parallel single-stream blocks (Dehghani et al. 2023 for the parallel MLP), laid out as in
 Open-Sora 2.0 and HunyuanVideo, whose weights it can hold. A row of packed samples goes in; each keeps its own text and timesteps.
 
-Further shapes: J = M + L tokens of the joint sequence, S + R its parts (see `Joint`).
+Further shape: J = M + L tokens of the joint sequence (see `Joint`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from megasora_kernels.gated import gated
+from megasora_kernels.gated_layernorm import gated_layernorm
 from megasora_kernels.layernorm_modulate import layernorm_modulate
+from megasora_kernels.qknorm_rope import rotation_table
 from torch import Tensor, nn
 
 from megasora.models.attention import find_attention
@@ -22,12 +25,13 @@ from megasora.models.layers import (
     RMSNorm,
     axial_angles,
     init_linears_and_norms,
-    rotate,
     timestep_embedding,
     together,
 )
 from megasora.models.packing import PackedRow, Segments, Shape
 from megasora.models.token_refiner import TokenRefiner
+
+Lengths = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,9 @@ class MMDiTConfig(ModelConfig):
             raise ValueError(
                 f"axes={list(self.axes)}: must be even and sum to a head's {K} channels, such as {fitting}"
             )
+        if self.ffn % self.heads:
+            nearest = max(1, round(self.ffn / self.heads)) * self.heads
+            raise ValueError(f"ffn={self.ffn}: each of {self.heads} heads has its share; nearest is {nearest}")
 
     @property
     def block_count(self) -> int:
@@ -97,19 +104,43 @@ PRESETS: dict[str, MMDiTConfig] = {
 
 @dataclass(frozen=True)
 class Joint:
-    """The text and the video of a row as one sequence: sample by sample its text, then its video.
+    """The text and the video of a row as one sequence: between blocks all text comes first, in attention each sample's text
+    comes before its video.
 
-    What shares one modulation is a part of it: the text of a sample, or one of its runs.
+    Where attention layers see several pieces of a row together (`PackedRow.attended`), all have as much text: the shorter
+    ones end with a token of padding that nobody attends to.
     """
 
-    samples: Segments  # of J
-    order: Tensor  # [J] which row of [text; video] comes where
-    text: Tensor  # [M] the place of each text token
-    video: Tensor  # [L] the place of each patch
-    part: Tensor  # [J] the part of each token, non-decreasing
-    parts: Tensor  # [S + R] which row of [texts of samples; runs] each part is
-    text_part: Tensor  # [S] the part that each sample's text is
-    run_part: Tensor  # [R] the part that each run is
+    samples: Segments  # of J, as attention sees it
+    order: Tensor | None  # [J] which token of the pieces comes where; None: as it is
+    pieces: int  # that attention layers see together
+    text: int  # M, text tokens of a piece, padding among them
+    owner: Tensor  # [M + L] int64, non-decreasing: which of [texts of samples; runs] each token of this piece is of
+
+    def enter(self, x: Tensor) -> Tensor:
+        """[pieces · (M + L), ...] -> [J, ...] as attention sees it."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The inverse of `enter`; padding gets zeros."""
+        if self.order is None:
+            return y
+        return y.new_zeros(self.pieces * len(self.owner), *y.shape[1:]).index_copy(0, self.order, y)
+
+    def meet(self, text: Tensor, video: Tensor) -> Tensor:
+        """[pieces · M, ...] and [pieces · L, ...] -> [J, ...] as attention sees it."""
+        return self.enter(self.beside(text, video))
+
+    def beside(self, text: Tensor, video: Tensor) -> Tensor:
+        """[pieces · M, ...] and [pieces · L, ...] -> [pieces · (M + L), ...]."""
+        shape = (self.pieces, self.text), (self.pieces, -1)
+        both = [x.unflatten(0, sizes) for x, sizes in zip((text, video), shape, strict=True)]
+        return torch.cat(both, dim=1).flatten(0, 1)
+
+    def part(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `meet`."""
+        both = self.leave(y).unflatten(0, (self.pieces, len(self.owner)))
+        return both[:, : self.text].flatten(0, 1), both[:, self.text :].flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -117,26 +148,43 @@ class MMSetting(Setting):
     """What the blocks are given."""
 
     joint: Joint
-    condition: Tensor  # [S + R, D] fp32, in the order of the joint's parts
-    angles: Tensor  # [J, K/2] fp32
+    condition: Tensor  # [S + R, D] fp32: of the samples' texts, then of the runs
+    rotation: Tensor  # [pieces · (M + L), K/2, 2] fp32, before tokens meet; text is not turned
+    video_rotation: Tensor  # [pieces · L, K/2, 2], the video's
 
 
 def join(row: PackedRow) -> Joint:
     """Where everything goes, once a row."""
-    texts = torch.arange(len(row.shapes), device=row.tokens.device)  # [S]
-    order, places = by_sample(row.own_caption.index, row.video.index)
-    parts, part_places = by_sample(texts, row.run_sample)
-    text_part, run_part = part_places.tensor_split([len(texts)])
-    text, video = places.tensor_split([row.own_caption.total])
-    part = torch.cat([text_part[row.own_caption.index], run_part[row.runs.index]])[order]
-    return Joint(together(row.own_caption, row.video), order, text, video, part, parts, text_part, run_part)
+    S = len(row.shapes)
+    texts, videos = pieces_of(row, row.own_caption), pieces_of(row, row.video)
+    M = max(map(sum, texts))
+    text_owner = nn.functional.pad(row.own_caption.index, (0, M - row.own_caption.total), value=S - 1)  # [M]
+    owner = torch.cat([text_owner, S + row.runs.index])  # [M + L]
+    seen = together(row.attended.own_caption, row.attended.video)
+    return Joint(seen, by_sample(texts, videos, owner.device), len(texts), M, owner)
 
 
-def by_sample(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-    """From the sample of each text and each video item: the order of [text; video] sorted by sample, text first, and where each
-    item ends up."""
-    order = torch.cat([text, video]).argsort(stable=True)
-    return order, order.argsort()
+def pieces_of(row: PackedRow, segments: Segments) -> Sequence[Lengths]:
+    """The lengths of a row's segments in each piece that attention layers see together."""
+    return segments.peers if row.wider else [segments.lengths]
+
+
+def by_sample(texts: Sequence[Lengths], videos: Sequence[Lengths], device: torch.device) -> Tensor | None:
+    """From the lengths of each sample's text and video in each piece: the order that puts samples side by side, text first, and
+    leaves out what pads the text; None where all lies so already."""
+    M, S = max(map(sum, texts)), len(texts[0])
+    places, counts = [], []  # of stretches: where they belong, and their tokens
+    for text, video in zip(texts, videos, strict=True):
+        places += [*range(0, 2 * S, 2), 2 * S, *range(1, 2 * S, 2)]
+        counts += [*text, M - sum(text), *video]
+    present = [place for place, count in zip(places, counts, strict=True) if count]
+    padding = sum(M - sum(text) for text in texts)
+    if not padding and present == sorted(present):
+        return None
+    tokens = sum(counts)
+    sizes = torch.tensor(counts, device=device)
+    place = torch.repeat_interleave(torch.tensor(places, device=device), sizes, output_size=tokens)
+    return place.argsort(stable=True)[: tokens - padding]
 
 
 def text_timestep(row: PackedRow) -> Tensor:
@@ -154,9 +202,10 @@ class QKV(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(head_width, eps), RMSNorm(head_width, eps)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v))  # [L, N, K]
-        return self.norm_q(q), self.norm_k(k), v
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.norm_q.by_head(self.q(x), self.head_width, rotation)  # [L, N, K]
+        k = self.norm_k.by_head(self.k(x), self.head_width, rotation)  # [L, N, K]
+        return q, k, self.v(x).unflatten(-1, (-1, self.head_width))
 
 
 class Stream(nn.Module):
@@ -171,17 +220,18 @@ class Stream(nn.Module):
         self.out = nn.Linear(D, D)
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
 
-    def before(self, x: Tensor, modulation: tuple[Tensor, ...], owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before(
+        self, x: Tensor, modulation: tuple[Tensor, ...], owner: Tensor, rotation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [L, D], six of [R, D], the row of them of each token [L] -> q, k, v [L, N, K]."""
         shift, scale = modulation[:2]
-        return self.qkv(layernorm_modulate(x, scale, shift, owner, self.eps))
+        return self.qkv(layernorm_modulate(x, scale, shift, owner, self.eps), rotation)
 
     def after(self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], owner: Tensor) -> Tensor:
         """x [L, D] and what attention found for it, y [L, D] -> [L, D]."""
         gate1, shift2, scale2, gate2 = modulation[2:]
-        x = gated(x, self.out(y), gate1, owner)
-        y = self.mlp(layernorm_modulate(x, scale2, shift2, owner, self.eps))  # [L, D]
-        return gated(x, y, gate2, owner)
+        x, y = gated_layernorm(x, self.out(y), gate1, scale2, shift2, owner, self.eps)  # [L, D] each
+        return gated(x, self.mlp(y), gate2, owner)
 
 
 class DoubleBlock(nn.Module):
@@ -192,23 +242,24 @@ class DoubleBlock(nn.Module):
         self.text, self.video = Stream(config), Stream(config)
 
     def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
-        row, joint, condition, angles = setting.row, setting.joint, setting.condition, setting.angles
-        text, video = x.index_select(0, joint.text), x.index_select(0, joint.video)  # [M, D], [L, D]
-        text_modulation = self.text.modulation(condition[joint.text_part])  # six [S, D]
-        video_modulation = self.video.modulation(condition[joint.run_part])  # six [R, D]
-        text_qkv = self.text.before(text, text_modulation, row.own_caption.index)  # three [M, N, K]
-        video_qkv = self.video.before(video, video_modulation, row.runs.index)  # three [L, N, K]
-        both = zip(text_qkv, video_qkv, strict=True)
-        q, k, v = (torch.cat(pair).index_select(0, joint.order) for pair in both)  # [J, N, K]
-        q, k = rotate(q, angles), rotate(k, angles)
+        joint, S = setting.joint, len(setting.row.shapes)
+        text, video = x.tensor_split([joint.text])  # [M, D], [L, D]
+        sample, run = joint.owner[: joint.text], setting.row.runs.index  # [M], [L]
+        text_modulation = self.text.modulation(setting.condition[:S])  # six [S, D]
+        video_modulation = self.video.modulation(setting.condition[S:])  # six [R, D]
+        text_qkv = self.text.before(text, text_modulation, sample)  # three [M, N, K]
+        video_qkv = self.video.before(video, video_modulation, run, setting.video_rotation)  # three [L, N, K]
+        q, k, v = (joint.meet(*pair) for pair in zip(text_qkv, video_qkv, strict=True))  # [J, N, K]
         y = setting.attention(q, k, v, joint.samples, joint.samples).flatten(-2)  # [J, D]
-        text = self.text.after(text, y.index_select(0, joint.text), text_modulation, row.own_caption.index)  # [M, D]
-        video = self.video.after(video, y.index_select(0, joint.video), video_modulation, row.runs.index)  # [L, D]
-        return torch.cat([text, video]).index_select(0, joint.order)  # [J, D]
+        text_seen, video_seen = joint.part(y)  # [M, D], [L, D]
+        text = self.text.after(text, text_seen, text_modulation, sample)  # [M, D]
+        video = self.video.after(video, video_seen, video_modulation, run)  # [L, D]
+        return torch.cat([text, video])  # [M + L, D]
 
 
 class SingleBlock(nn.Module):
-    """Text and video with the same weights, attention and MLP side by side."""
+    """Text and video with the same weights, attention and MLP side by side. The inputs of `out` are sorted by head: what the
+    head has found, then its share of the hidden values; so a share of the heads is a stretch of the inputs."""
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -220,15 +271,16 @@ class SingleBlock(nn.Module):
         self.out = nn.Linear(D + config.ffn, D)
 
     def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
-        joint, angles = setting.joint, setting.angles
+        joint = setting.joint
         shift, scale, gate = self.modulation(setting.condition)  # three [S + R, D]
-        y = layernorm_modulate(x, scale, shift, joint.part, self.eps)  # [J, D]
-        q, k, v = self.qkv(y)  # [J, N, K]
-        q, k = rotate(q, angles), rotate(k, angles)
-        seen = setting.attention(q, k, v, joint.samples, joint.samples).flatten(-2)  # [J, D]
-        hidden = nn.functional.gelu(self.mlp(y), approximate="tanh")  # [J, ffn]
-        y = self.out(torch.cat([seen, hidden], dim=-1))  # [J, D]
-        return gated(x, y, gate, joint.part)
+        y = layernorm_modulate(x, scale, shift, joint.owner, self.eps)  # [M + L, D]
+        q, k, v = (joint.enter(part) for part in self.qkv(y, setting.rotation))  # [J, N, K]
+        seen = joint.leave(setting.attention(q, k, v, joint.samples, joint.samples))  # [M + L, N, K]
+        hidden = nn.functional.gelu(self.mlp(y), approximate="tanh").unflatten(
+            -1, (seen.shape[1], -1)
+        )  # [M + L, N, ffn/N]
+        y = self.out(torch.cat([seen, hidden], dim=-1).flatten(-2))  # [M + L, D]
+        return gated(x, y, gate, joint.owner)
 
 
 class Head(nn.Module):
@@ -284,27 +336,26 @@ class MMDiT(Model[MMSetting]):
         """With `guidance_embed`, `guidance` [S] is the scale of the guided prediction that is wanted; none: 1, the plain one."""
         joint = join(row)
         with torch.autocast(row.tokens.device.type, enabled=False):
-            condition = self._condition(row, guidance)[joint.parts]  # [S + R, D], fp32
-            angles = axial_angles(row.grid, self.config.axes, self.config.theta)  # [L, K/2], fp32
-            text_angles = angles.new_zeros(row.own_caption.total, angles.shape[1])  # [M, K/2]: text is not turned
-            angles = torch.cat([text_angles, angles])[joint.order]  # [J, K/2]
-        return MMSetting(row, self.attention, joint, condition, angles)
+            condition = self._condition(row, guidance)  # [S + R, D], fp32
+            angles = axial_angles(row.attended.grid, self.config.axes, self.config.theta)  # [pieces · L, K/2], fp32
+            text_angles = angles.new_zeros(joint.pieces * joint.text, angles.shape[1])
+            both = rotation_table(joint.beside(text_angles, angles))  # [pieces · (M + L), K/2, 2]
+        return MMSetting(row, self.attention, joint, condition, both, rotation_table(angles))
 
     def enter(self, setting: MMSetting) -> Tensor:
-        """[L, P] -> [J, D]: text and video of each sample side by side."""
-        row = setting.row
-        text = self._embed_text(row)[slice(*row.own_text)]  # [M, D]
-        video = self.patch_embed(row.tokens)  # [L, D]
-        return torch.cat([text, video]).index_select(0, setting.joint.order)  # [J, D]
+        """[L, P] -> [M + L, D]: this part's text and video."""
+        row, M = setting.row, setting.joint.text
+        text = self._embed_text(row)[slice(*row.own_text)]
+        text = nn.functional.pad(text, (0, 0, 0, M - len(text)))  # [M, D]
+        return torch.cat([text, self.patch_embed(row.tokens)])  # [M + L, D]
 
     def leave(self, x: Tensor, setting: MMSetting) -> Tensor:
-        """[J, D] -> [L, output_values]."""
-        joint = setting.joint
-        video = x.index_select(0, joint.video)  # [L, D]
-        return self.head(video, setting.condition[joint.run_part], setting.row.runs.index)
+        """[M + L, D] -> [L, output_values]."""
+        row = setting.row
+        return self.head(x[setting.joint.text :], setting.condition[len(row.shapes) :], row.runs.index)
 
     def carried(self, row: PackedRow) -> int:
-        return row.own_caption.total + len(row.tokens)
+        return max(map(sum, pieces_of(row, row.own_caption))) + len(row.tokens)
 
     def _embed_text(self, row: PackedRow) -> Tensor:
         if isinstance(self.text_embed, TokenRefiner):

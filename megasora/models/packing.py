@@ -158,17 +158,21 @@ class PackedRow:
         return torch.tensor(self.run_owners, device=self.tokens.device)
 
     def part(self, index: int, parts: int, shared: int = 1) -> "PackedRow":
-        """One of so many equal stretches of the row. Attention layers see `shared` neighbouring ones."""
+        """One of so many equal stretches of the row. Attention layers see `shared` neighbouring ones together: those are cut
+        off first, then divided, and the part's peers are the others of them."""
+        if shared > 1:
+            wider = self.part(index // shared, parts // shared)
+            return replace(wider.part(index % shared, shared), wider=wider)
         begin, end = stretch(self.video.total, index, parts)
+        first, last = (self.own_text[0] + place for place in stretch(self.own_caption.total, index, parts))
         return replace(
             self,
             tokens=self.tokens[begin:end],
             grid=self.grid[begin:end],
             video=self.video.part(index, parts),
             runs=self.runs.part(index, parts),
-            own_text=stretch(self.caption.total, index, parts),
-            own_caption=self.caption.part(index, parts),
-            wider=self.part(index // shared, parts // shared) if shared > 1 else None,
+            own_text=(first, last),
+            own_caption=self.own_caption.part(index, parts),
         )
 
 

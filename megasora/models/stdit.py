@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from megasora_kernels.gated import gated
 from megasora_kernels.layernorm_modulate import layernorm_modulate
+from megasora_kernels.qknorm_rope import rotation_table
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
@@ -98,14 +99,14 @@ class HeadNormAttention(nn.Module):
         context: Tensor,
         queries: Segments | Order,
         keys: Segments | Order,
-        angles: Tensor | None,
+        rotation: Tensor | None,
         attention: Attention,
     ) -> Tensor:
         q = self.norm_q(self.q(x).unflatten(-1, (-1, self.head_width)))  # [L, N, K]
         k = self.norm_k(self.k(context).unflatten(-1, (-1, self.head_width)))  # [M, N, K]
         v = self.v(context).unflatten(-1, (-1, self.head_width))  # [M, N, K]
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         return self.out(attention(q, k, v, queries, keys).flatten(-2))  # [L, D]
 
 
@@ -116,7 +117,7 @@ class STSetting(Setting):
     text: Tensor  # [M, D]
     time: Tensor  # [R, D] fp32
     modulation: Tensor  # [R, 6, D] fp32, before each block's own table
-    angles: Tensor | None  # [L, K/2] fp32, or what the first temporal block is `added`, [L, D] fp32
+    rotation: Tensor | None  # [L, K/2, 2] fp32, or what the first temporal block is `added`, [L, D] fp32
     added: Tensor | None
     orders: tuple[Order, Order]  # in space, in time
 
@@ -133,13 +134,13 @@ class Block(nn.Module):
         self.mlp = MLP(D, config.ffn, D, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.zeros(6, D))
 
-    def forward(self, x: Tensor, setting: STSetting, angles: Tensor | None, order: Order) -> Tensor:
+    def forward(self, x: Tensor, setting: STSetting, rotation: Tensor | None, order: Order) -> Tensor:
         row, attention = setting.row, setting.attention
         run = row.runs.index  # [L]
         modulation = self.modulation.float() + setting.modulation  # [R, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)  # six [R, D]
         y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
-        y = self.self_attention(y, y, order, order, angles, attention)  # [L, D]
+        y = self.self_attention(y, y, order, order, rotation, attention)  # [L, D]
         x = gated(x, y, gate1, run)
         if self.cross_attention is not None:
             x = x + self.cross_attention(x, setting.text, row.attended.video, row.caption, None, attention)
@@ -161,7 +162,7 @@ class Pair(nn.Module):
         x = self.space(x, setting, None, space)  # [L, D]
         if self.first and setting.added is not None:
             x = x + setting.added.type_as(x)
-        return self.time(x, setting, setting.angles, time)  # [L, D]
+        return self.time(x, setting, setting.rotation, time)  # [L, D]
 
 
 class STDiT(Model[STSetting]):
@@ -198,7 +199,7 @@ class STDiT(Model[STSetting]):
     def setting(self, row: PackedRow) -> STSetting:
         config = self.config
         text = self.text_embed(row.text)  # [M, D]
-        angles = added = None
+        rotation = added = None
         with torch.autocast(row.tokens.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(row.timestep))  # [R, D], fp32
             if self.fps_embed is not None:
@@ -207,10 +208,11 @@ class STDiT(Model[STSetting]):
             modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
             if config.time_position == "rope":
                 angles = axial_angles(row.attended.grid, (config.head_width, 0, 0))  # [L, K/2], fp32
+                rotation = rotation_table(angles)
             else:
                 added = time_sincos(row, config.width)  # [L, D], fp32
         orders = space_order(row), time_order(row)
-        return STSetting(row, self.attention, text, time, modulation, angles, added, orders)
+        return STSetting(row, self.attention, text, time, modulation, rotation, added, orders)
 
     def enter(self, setting: STSetting) -> Tensor:
         x = self.patch_embed(setting.row.tokens)  # [L, D]

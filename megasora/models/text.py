@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import xxhash
+from megasora_kernels.qknorm_rope import rotation_table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -72,10 +73,10 @@ class TextLayer(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = MLP(width, 4 * width, width, nn.GELU())
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """x [M, E], angles [M, K/2] -> [M, E]."""
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """x [M, E], rotation [M, K/2, 2] -> [M, E]."""
         q, k, v = self.qkv(F.layer_norm(x, (self.width,))).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [M, N, K]
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         y = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))  # [N, M, K]
         x = x + self.out(y.transpose(0, 1).flatten(-2))
         return x + self.mlp(F.layer_norm(x, (self.width,)))
@@ -122,9 +123,9 @@ class SmallTextEncoder(nn.Module):
         x = self.embed(torch.tensor(ids, device=device))  # [M, E]
         grid = torch.zeros(len(ids), 3, device=device)
         grid[:, 0] = torch.arange(len(ids), device=device)
-        angles = rotary_angles(grid, self.width // self.heads)
+        rotation = rotation_table(rotary_angles(grid, self.width // self.heads))
         for layer in self.layers:
-            x = layer(x, angles)
+            x = layer(x, rotation)
         return F.layer_norm(x, (self.width,)).cpu()
 
     def save(self, directory: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Literal
 
 import torch
 from megasora_kernels.gated import gated
+from megasora_kernels.gated_layernorm import gated_layernorm
 from megasora_kernels.layernorm_modulate import layernorm_modulate
+from megasora_kernels.qknorm_rope import rotation_table
 from torch import Tensor, nn
 
 from megasora.models.attention import Attention, find_attention
@@ -24,7 +26,6 @@ from megasora.models.layers import (
     TableHead,
     init_linears_and_norms,
     rotary_angles,
-    rotate,
     sincos_embedding,
     timestep_embedding,
 )
@@ -88,15 +89,13 @@ class QKNormAttention(nn.Module):
         context: Tensor,
         queries: Segments,
         keys: Segments | Windows,
-        angles: Tensor | None,
+        rotation: Tensor | None,
         attention: Attention,
         cache: Cache | None = None,
     ) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_width))  # [L, N, K]
-        k = self.norm_k(self.k(context)).unflatten(-1, (-1, self.head_width))  # [M, N, K]
+        q = self.norm_q.by_head(self.q(x), self.head_width, rotation)  # [L, N, K]
+        k = self.norm_k.by_head(self.k(context), self.head_width, rotation)  # [M, N, K]
         v = self.v(context).unflatten(-1, (-1, self.head_width))  # [M, N, K]
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             if self in cache:
                 k, v = (torch.cat([before, now]) for before, now in zip(cache[self], (k, v), strict=True))
@@ -111,7 +110,7 @@ class VideoSetting(Setting):
     text: Tensor  # [M, D]
     time: Tensor  # [R, D] fp32
     modulation: Tensor  # [R, 6, D] fp32, before each block's own table
-    angles: Tensor  # [L, K/2] fp32
+    rotation: Tensor  # [L, K/2, 2] fp32
     seen: tuple[Segments, Segments | Windows]  # the queries of self-attention and the keys that they see
     cache: Cache | None
 
@@ -135,12 +134,12 @@ class Block(nn.Module):
         modulation = self.modulation.float() + setting.modulation  # [R, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)  # six [R, D]
         y = layernorm_modulate(x, scale1, shift1, run, self.eps)  # [L, D]
-        y = self.self_attention(y, y, *setting.seen, setting.angles, attention, setting.cache)  # [L, D]
+        y = self.self_attention(y, y, *setting.seen, setting.rotation, attention, setting.cache)  # [L, D]
         x = gated(x, y, gate1, run)
         y = self.norm_cross(x)  # [L, D]
-        x = x + self.cross_attention(y, setting.text, row.attended.video, row.caption, None, attention)
-        y = self.mlp(layernorm_modulate(x, scale2, shift2, run, self.eps))  # [L, D]
-        return gated(x, y, gate2, run)
+        y = self.cross_attention(y, setting.text, row.attended.video, row.caption, None, attention)  # [L, D]
+        x, y = gated_layernorm(x, y, None, scale2, shift2, run, self.eps)  # x + y, and that normed and modulated
+        return gated(x, self.mlp(y), gate2, run)
 
 
 class VideoDiT(Model[VideoSetting]):
@@ -177,9 +176,9 @@ class VideoDiT(Model[VideoSetting]):
         with torch.autocast(row.tokens.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(row.timestep))  # [R, D], fp32
             modulation = self.time_modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))  # [R, 6, D], fp32
-            angles = rotary_angles(row.attended.grid, self.config.head_width)  # [L, K/2], fp32
+            rotation = rotation_table(rotary_angles(row.attended.grid, self.config.head_width))  # [L, K/2, 2], fp32
         seen = self._seen(row.attended, cache)
-        return VideoSetting(row, self.attention, text, time, modulation, angles, seen, cache)
+        return VideoSetting(row, self.attention, text, time, modulation, rotation, seen, cache)
 
     def enter(self, setting: VideoSetting) -> Tensor:
         x = self.patch_embed(setting.row.tokens)  # [L, D]
@@ -201,7 +200,9 @@ class VideoDiT(Model[VideoSetting]):
         if cache is None:
             return chunk_windows(row.shapes, self.config.chunk, self.config.window, row.tokens.device)
         known = next((len(keys) for keys, _ in cache.values()), 0)
-        return row.video, Windows((0,), (known + row.video.total,))
+        first, *padding = row.video.lengths  # one video; padding sees itself
+        starts = (0, *(known + start for start in row.video.starts[1:]))
+        return row.video, Windows(starts, (known + first, *padding))
 
 
 def forward_macs(config: VideoDiTConfig, shape: Shape, text_tokens: int) -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from megasora.models.attention import Attention
+from megasora.models.attention import Attention, flash_of
 from megasora.models.packing import Order, Segments, Windows, stretch
 from megasora.parallel.ring import ring_attention
 
@@ -36,38 +36,41 @@ class Context:
 class ContextAttention:
     """Stands where a model's attention function was. Rows that were not cut go to that function as before."""
 
-    def __init__(self, attention: Attention, context: Context) -> None:
-        self.attention, self.context = attention, context
+    def __init__(self, attention: Attention, contexts: dict[int, Context]) -> None:
+        """`contexts` by the number of ranks that share a row."""
+        self.attention, self.contexts = attention, contexts
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Segments | Order, keys: Segments | Windows | Order
     ) -> Tensor:
         """q, k, v [L/parts, N, K] of this part -> [L/parts, N, K]."""
-        if isinstance(keys, Segments) and not keys.peers:
+        if isinstance(keys, Segments) and len(keys.peers) <= 1:
             return self.attention(q, k, v, queries, keys)  # a whole row, or whole captions
         total = queries.segments.total if isinstance(queries, Order) else queries.total
         if not isinstance(keys, Segments) and len(q) == total:
             return self.attention(q, k, v, queries, keys)
-        ulysses, ring = self.context.degrees
         if isinstance(keys, Segments):
+            context = self.contexts[len(keys.peers)]
             lengths = [sum(part) for part in keys.peers]
         else:
-            bounds = [stretch(total, part, self.context.parts) for part in range(self.context.parts)]
+            (context,) = self.contexts.values()  # where rows may differ in width, no family with orders is let in
+            bounds = [stretch(total, part, context.parts) for part in range(context.parts)]
             lengths = [end - begin for begin, end in bounds]
-        here = dist.get_rank(self.context.ring)
+        ulysses, ring = context.degrees
+        here = dist.get_rank(context.ring)
         mine = lengths[here * ulysses : (here + 1) * ulysses]
-        qkv = heads_apart(torch.stack([q, k, v], dim=1), mine, self.context.ulysses)  # [L/R, 3, N/U, K]
+        qkv = heads_apart(torch.stack([q, k, v], dim=1), mine, context.ulysses)  # [L/R, 3, N/U, K]
         if isinstance(keys, Segments):
-            y = self._among(qkv, keys, here)
+            y = self._among(qkv, keys, here, context)
         else:
             assert ring == 1, "windows and orders want the whole row: Ulysses only"
             q, k, v = qkv.unbind(1)
             y = self.attention(q, k, v, queries, keys)  # [L, N/U, K]
-        return tokens_apart(y, mine, self.context.ulysses)  # [L/parts, N, K]
+        return tokens_apart(y, mine, context.ulysses)  # [L/parts, N, K]
 
-    def _among(self, qkv: Tensor, keys: Segments, here: int) -> Tensor:
+    def _among(self, qkv: Tensor, keys: Segments, here: int, context: Context) -> Tensor:
         """[L/R, 3, N/U, K] -> [L/R, N/U, K]: each sample's tokens side by side, then attention or a ring of it."""
-        ulysses, ring = self.context.degrees
+        ulysses, ring = context.degrees
         order = by_sample(keys.peers[here * ulysses : (here + 1) * ulysses])
         if order is not None:
             qkv = qkv.index_select(0, order[0].to(qkv.device))
@@ -77,7 +80,7 @@ class ContextAttention:
             whole = Segments(held[0], qkv.device)
             y = self.attention(q, k, v, whole, whole)
         else:
-            y = ring_attention(q, k, v, held, self.context.ring)
+            y = ring_attention(q, k, v, held, context.ring, flash_of(self.attention))
         return y if order is None else y.index_select(0, order[1].to(y.device))
 
 

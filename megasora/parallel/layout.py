@@ -7,8 +7,22 @@ from megasora.errors import ConfigError
 
 TERM = re.compile(
     r"pp(?P<pp>\d+)(:(?P<schedule>1f1b|gpipe|interleaved|zbv))?|dp(?P<dp>\d+)|hsdp(?P<replicate>\d+)x(?P<shard>\d+)"
-    r"|cp(?P<ulysses>\d+)(x(?P<ring>\d+))?|tp(?P<tp>\d+)(?P<nosp>:nosp)?|zero(?P<zero>[0-3])"
+    r"|cp(?P<ulysses>\d+)(x(?P<ring>\d+))?(?P<dynamic>:dynamic)?|tp(?P<tp>\d+)(?P<nosp>:nosp)?|zero(?P<zero>[0-3])"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes share the work: `auto`, or terms such as dp4,zero2 or pp2,tp4. What blocks keep for their backward pass:
+    everything (`recompute=none`), what was dear to compute (selective), what entered them (full, or of every K-th: everyK)."""
+
+    layout: str = "auto"
+    recompute: str = "none"
+    offload: bool = False  # what blocks keep waits in the host's memory
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"none|selective|full|every[1-9]\d*", self.recompute):
+            raise ValueError(f"recompute={self.recompute}: is not one of none, selective, full, everyK such as every2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +35,7 @@ class Layout:
     dp_shard: int = 1
     ulysses: int = 1
     ring: int = 1
+    dynamic: bool = False  # a row takes as many of the cp ranks as it needs: 1, 2, 4, ...
     tp: int = 1
     sequence_parallel: bool = True
     zero: int = 0
@@ -28,6 +43,18 @@ class Layout:
     @property
     def cp(self) -> int:
         return self.ulysses * self.ring
+
+    def context(self, ranks: int) -> tuple[int, int]:
+        """Ulysses and ring degree of a row that so many of the cp ranks share."""
+        ulysses = min(ranks, self.ulysses)
+        return ulysses, ranks // ulysses
+
+    @property
+    def widths(self) -> list[int]:
+        """How many of the cp ranks may share a row."""
+        return (
+            [n for n in range(1, self.cp + 1) if self.cp % n == 0 and n & (n - 1) == 0] if self.dynamic else [self.cp]
+        )
 
     @property
     def dp(self) -> int:
@@ -43,7 +70,7 @@ class Layout:
         terms = [
             f"pp{self.pp}:{self.schedule}" * (self.pp > 1),
             f"hsdp{self.dp_replicate}x{self.dp_shard}" if hsdp else f"dp{self.dp}",
-            (f"cp{self.ulysses}x{self.ring}") * (self.cp > 1),
+            f"cp{self.ulysses}x{self.ring}{':dynamic' * self.dynamic}" * (self.cp > 1),
             f"tp{self.tp}{'' if self.sequence_parallel else ':nosp'}" * (self.tp > 1),
             f"zero{self.zero}" * (self.zero > 0),
         ]
@@ -81,13 +108,16 @@ def parse_layout(text: str, world: int | None = None) -> Layout:
         zero = 3
     layout = Layout(
         pp=int(found.get("pp", 1)), schedule=found.get("schedule", "1f1b"), dp_replicate=replicate, dp_shard=shard,
-        ulysses=int(found.get("ulysses", 1)), ring=int(found.get("ring", 1)), tp=int(found.get("tp", 1)),
+        ulysses=int(found.get("ulysses", 1)), ring=int(found.get("ring", 1)), dynamic="dynamic" in found,
+        tp=int(found.get("tp", 1)),
         sequence_parallel="nosp" not in found, zero=zero,
     )  # fmt: skip
     if world is not None and layout.world != world:
         raise ConfigError(
             f"parallel.layout={text}: {layout.world} processes wanted, {world} started; valid here: {fitting}"
         )
-    if layout.schedule == "zbv" or not layout.sequence_parallel:
-        raise ConfigError(f"parallel.layout={text}: zbv and nosp are not in this version; valid here: {fitting}")
+    if layout.dynamic and (layout.ulysses & (layout.ulysses - 1) or layout.ring & (layout.ring - 1)):
+        raise ConfigError(f"parallel.layout={text}: cp:dynamic wants powers of two; valid here: {fitting}")
+    if layout.schedule == "zbv":
+        raise ConfigError(f"parallel.layout={text}: zbv is not in this version; valid here: {fitting}")
     return layout

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from megasora.parallel.pipeline import Place
 
 LINKS = ("pp_forward_even", "pp_forward_odd", "pp_backward_even", "pp_backward_odd")
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,18 @@ class Processes:
         """Which data-parallel share of the global batch is this process's."""
         return self.place["dp_replicate"] * self.layout.dp_shard + self.place["dp_shard"]
 
+    def part(self, width: int) -> tuple[int, int, int]:
+        """Which stretch is this process's of a row that `width` of the cp ranks share, of how many, and how many its attention
+        layers see together."""
+        tp, place = self.layout.tp, self.place["cp"] % width
+        if not self.layout.sequence_parallel:
+            return place, width, 1
+        return place * tp + self.place["tp"], width * tp, tp
+
     @property
-    def part(self) -> tuple[int, int, int]:
-        """Which stretch of a row's tokens is this process's, of how many, and how many its attention layers see together."""
-        layout = self.layout
-        return self.place["cp"] * layout.tp + self.place["tp"], layout.cp * layout.tp, layout.tp
+    def share(self) -> float:
+        """Of the loss on its tokens: a tensor group that does not divide the tokens divides the loss."""
+        return 1.0 if self.layout.sequence_parallel else 1.0 / self.layout.tp
 
     @cached_property
     def shards(self) -> DeviceMesh:
@@ -63,10 +74,16 @@ class Processes:
         return self.mesh["dp_replicate", "dp_shard", "cp"]._flatten("replicas")
 
     @cached_property
-    def context(self) -> Context:
-        """The groups that exchange tokens for heads, and those that form rings."""
-        cp = self.mesh["cp"]._unflatten(0, (self.layout.ring, self.layout.ulysses), ("ring", "ulysses"))
-        return Context(cp["ulysses"].get_group(), cp["ring"].get_group(), (self.layout.ulysses, self.layout.ring))
+    def contexts(self) -> dict[int, Context]:
+        """The groups that exchange tokens for heads, and those that form rings, by the number of ranks that share a row."""
+        found = {}
+        for width in self.layout.widths:
+            if width > 1:
+                ulysses, ring = self.layout.context(width)
+                names = (f"rows_of_{width}", f"ring_of_{width}", f"ulysses_of_{width}")
+                cp = self.mesh["cp"]._unflatten(0, (self.layout.cp // width, ring, ulysses), names)
+                found[width] = Context(cp[names[2]].get_group(), cp[names[1]].get_group(), (ulysses, ring))
+        return found
 
     @cached_property
     def pipeline(self) -> Place:
@@ -77,8 +94,20 @@ class Processes:
         return Place(self.place["pp"], layout.pp, layout.schedule, (groups[0], groups[1]), (groups[2], groups[3]))
 
     @property
+    def speaks(self) -> bool:
+        """Whether this process is the one of its replica that writes down what all of them have."""
+        return not any(self.place[axis] for axis in ("pp", "cp", "tp"))
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def on_main(group: Processes, mine: dict[int, T]) -> dict[int, T]:
+    """What all processes have, by number, on the main one; the others get nothing."""
+    found: list[dict[int, T]] | None = [mine] * group.world if group.is_main else None
+    dist.gather_object(mine, found)
+    return {number: value for share in found or [] for number, value in share.items()}
 
 
 def world_size() -> int:

@@ -92,11 +92,12 @@ class Pipeline:
         held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}  # (chunk, row) -> what came in and what went out
         sent: list[tuple[dist.Work, Tensor]] = []
         actions = schedule(self.place.name, self.place.count, len(rows))[self.place.index]
-        arriving = self._receive(actions[0], rows)
+        packed = [row.row for row in rows]
+        arriving = self._receive(actions[0], packed)
         for number, action in enumerate(actions):
             came, row = arriving, rows[action.row]
             if number + 1 < len(actions):
-                arriving = self._receive(actions[number + 1], rows)  # on its way while this one computes
+                arriving = self._receive(actions[number + 1], packed)  # on its way while this one computes
             x = None
             if came is not None:
                 came[0].wait()
@@ -136,13 +137,13 @@ class Pipeline:
                 found = y
         return found
 
-    def _receive(self, action: Action, rows: Sequence[Any]) -> tuple[dist.Work, Tensor] | None:
+    def _receive(self, action: Action, rows: Sequence[PackedRow]) -> tuple[dist.Work, Tensor] | None:
         """Begins to receive what an action needs; None where nothing has to come."""
         stage = self.place.stage(action.chunk)
         if stage == (0 if action.kind == "forward" else self.place.last):
             return None
         source = (self.place.index + (-1 if action.kind == "forward" else 1)) % self.place.count
-        tokens = self.stages.model.carried(rows[action.row].row)
+        tokens = self.stages.model.carried(rows[action.row])
         x = torch.empty(tokens, self.width, dtype=self.dtype, device=self.device)
         work = dist.irecv(x, group=self.place.link(action.kind, source), group_src=source)
         assert work is not None
@@ -160,6 +161,15 @@ class Pipeline:
 def on_their_way(sent: list[tuple[dist.Work, Tensor]]) -> list[tuple[dist.Work, Tensor]]:
     """Without those that have arrived, whose tensors need no longer be kept."""
     return [(work, x) for work, x in sent if not work.is_completed()]
+
+
+def on_all_stages(answer: Tensor | None, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """What the last stage has and the others have not, in fp32."""
+    shape, last = [None if answer is None else tuple(answer.shape)], dist.get_world_size(group) - 1
+    dist.broadcast_object_list(shape, group=group, group_src=last, device=device)
+    y = torch.empty(shape[0] or (), device=device) if answer is None else answer.float().contiguous()
+    dist.broadcast(y, group=group, group_src=last)
+    return y
 
 
 def shared_parameters(model: Model[Any]) -> set[str]:

@@ -24,6 +24,13 @@ MLP: list[tuple[str, Style]] = [
 ]
 PLANS: dict[str, list[tuple[str, Style]]] = {
     "video_dit": [*ATTENTION, (r"blocks\.\d+\.(?:self|cross)_attention\.norm_[qk]", "norm"), *MLP],
+    "mmdit": [  # captions of a refiner are refined whole on every rank, and each goes on with its own stretch
+        (r"(blocks\.\d+\.(?:text|video)\.qkv)\.[qkv]", "column"),
+        (r"(blocks\.\d+\.(?:text|video)\.mlp)\.0", "column"),
+        (r"blocks\.\d+\.(?:text|video)\.(?:out|mlp\.2)", "row"),
+        (r"(blocks\.\d+)\.(?:qkv\.[qkv]|mlp)", "column"),
+        (r"blocks\.\d+\.out", "row"),
+    ],
     "stdit": [*ATTENTION, *MLP],
     "dit": [*ATTENTION, *MLP],
 }
@@ -46,6 +53,8 @@ def check_layout(model: Any, layout: Layout) -> None:
         raise refusal(layout, f"{what} keeps whole rows: no cp, no tp", ulysses=1, ring=1, tp=1)
     if layout.tp > 1 and family not in PLANS:
         raise refusal(layout, f"model.family={family} has no tp in this version", ulysses=layout.cp * layout.tp, tp=1)
+    if layout.dynamic and (family == "stdit" or (family == "video_dit" and model.temporal != "full")):
+        raise refusal(layout, "attention in windows or in another order: no dynamic cp", dynamic=False)
     if layout.ring > 1 and (family == "stdit" or (family == "video_dit" and model.temporal != "full")):
         raise refusal(
             layout, "attention in windows or in another order wants whole rows: no ring", ulysses=layout.cp, ring=1

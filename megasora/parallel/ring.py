@@ -12,24 +12,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasora.models.flash import Flash
+
 Lengths = tuple[int, ...]
-# (q, k, v) [1, N, L, K] -> out, logarithm of the sums [1, N, L]; and its backward.
-FORWARD: dict[str, Callable[..., Any]] = {"cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
-BACKWARD: dict[str, Callable[..., Any]] = {"cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward}
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, held: list[Lengths], group: dist.ProcessGroup) -> Tensor:
-    """q, k, v [L, N, K] of this place of the ring, sample by sample -> [L, N, K].
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, held: list[Lengths], group: dist.ProcessGroup, flash: Flash
+) -> Tensor:
+    """q, k, v [L, N, K] of this place of the ring, sample by sample -> [L, N, K], by the kernels of `flash`.
 
     held[place] are the tokens of each sample that each place holds, all of one sequence.
     """
-    y: Tensor = _Ring.apply(q, k, v, held, group)
+    y: Tensor = _Ring.apply(q, k, v, held, group, flash)
     return y
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, held: list[Lengths], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, held: list[Lengths], group: dist.ProcessGroup, flash: Flash
+    ) -> Tensor:
         places, here = len(held), dist.get_rank(group)
         kv = torch.stack([k, v])  # [2, M, N, K]
         out = torch.zeros_like(q, dtype=torch.float32)  # [L, N, K]
@@ -38,13 +41,13 @@ class _Ring(torch.autograd.Function):
             owner = (here - hop) % places
             arriving = pass_on(kv, sum(held[(owner - 1) % places]), group) if hop < places - 1 else None
             for a, b, c, d in pairs(held[here], held[owner]):
-                part, part_lse = flash(q[a:b], kv[0, c:d], kv[1, c:d])
+                part, part_lse = flash.forward(q[a:b], kv[0, c:d], kv[1, c:d])
                 merge(out[a:b], lse[a:b], part, part_lse)
             if arriving is not None:
                 kv = arriving()
         y = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, y, lse)
-        ctx.held, ctx.group = held, group
+        ctx.held, ctx.group, ctx.flash = held, group, flash
         return y
 
     @staticmethod
@@ -60,14 +63,15 @@ class _Ring(torch.autograd.Function):
             length = sum(held[(owner - 1) % places])
             arriving = pass_on(kv, length, group) if hop < places - 1 else None
             for a, b, c, d in pairs(held[here], held[owner]):
-                gq, gk, gv = flash_backward(grad[a:b], q[a:b], kv[0, c:d], kv[1, c:d], y[a:b], lse[a:b])
+                known = grad[a:b], q[a:b], kv[0, c:d], kv[1, c:d], y[a:b], lse[a:b]
+                gq, gk, gv = ctx.flash.backward(*known)
                 dq[a:b] += gq
                 dkv[0, c:d] += gk
                 dkv[1, c:d] += gv
             dkv = pass_on(dkv, length, group)()  # with its keys, and at last to whose they are
             if arriving is not None:
                 kv = arriving()
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
 
 
 def pairs(queries: Lengths, keys: Lengths) -> list[tuple[int, int, int, int]]:
@@ -75,20 +79,6 @@ def pairs(queries: Lengths, keys: Lengths) -> list[tuple[int, int, int, int]]:
     q, k = (list(accumulate(lengths, initial=0)) for lengths in (queries, keys))
     spans = zip(q[:-1], q[1:], k[:-1], k[1:], strict=True)
     return [(a, b, c, d) for a, b, c, d in spans if a < b and c < d]
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """q [L, N, K], k and v [M, N, K] -> out [L, N, K] and the logarithm of the sums [L, N], both fp32."""
-    out, lse = FORWARD[q.device.type](*(x.transpose(0, 1)[None].contiguous() for x in (q, k, v)))[:2]
-    return out[0].transpose(0, 1).float(), lse[0].transpose(0, 1).float()
-
-
-def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> list[Tensor]:
-    """Gradients of q, k and v through this pair, given the final output and sums over all keys."""
-    grad, q, k, v, y = (x.transpose(0, 1)[None].contiguous() for x in (grad, q, k, v, y))  # [1, N, L, K]
-    lse = lse.transpose(0, 1)[None].contiguous()  # [1, N, L]
-    found = BACKWARD[q.device.type](grad, q, k, v, y, lse, 0.0, False)
-    return [x[0].transpose(0, 1).float() for x in found]
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -3,6 +3,9 @@
 A column layer gathers the group's tokens and gives its share of the outputs; a row layer takes its share of the inputs and sums
 over the group, each rank keeping its own tokens (Narayanan et al. 2021; Korthikanti et al. 2022, section 4.2). Whatever is not
 split sees only its own tokens, so its gradients are parts of a sum over the group.
+
+Without sequence parallelism every rank keeps all tokens. The ranks' losses then count a share each, and every collective has its
+exact adjoint: so gradients of what is not split are parts of a sum all the same, whatever it has seen.
 """
 
 import re
@@ -10,8 +13,10 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
+from megasora_kernels.qknorm_rope import qknorm_rope
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -19,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from megasora.models.layers import RMSNorm
 
 Style = Literal["column", "column_whole", "row", "norm"]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # F.linear, or another that stands for it
 
 
 class Gather:
@@ -31,7 +37,7 @@ class Gather:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._held is None or self._held[0] is not x:
-            self._held = x, collectives.all_gather_tensor_autograd(x.contiguous(), 0, self.mesh.get_group()), 0
+            self._held = x, collectives.all_gather_single_autograd(x.contiguous(), 0, self.mesh.get_group()), 0
         _, whole, served = self._held
         self._held = (x, whole, served + 1) if served + 1 < self.layers else None
         return whole
@@ -43,26 +49,27 @@ class ColumnLinear(nn.Module):
     def __init__(self, whole: nn.Linear, mesh: DeviceMesh, gather: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.gather = gather
+        self.product: Product = F.linear
         self.weight = split(whole.weight, mesh, 0)
         self.bias = split(whole.bias, mesh, 0) if whole.bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[L/tp, D] -> [L, outputs/tp]."""
-        return F.linear(self.gather(x), here(self.weight), None if self.bias is None else here(self.bias))
+        """[L/tp, D], or whatever is gathered to [L, D] -> [L, outputs/tp]."""
+        return self.product(self.gather(x), here(self.weight), None if self.bias is None else here(self.bias))
 
 
 class RowLinear(nn.Module):
     """A linear layer of which each rank has some inputs."""
 
-    def __init__(self, whole: nn.Linear, mesh: DeviceMesh) -> None:
+    def __init__(self, whole: nn.Linear, mesh: DeviceMesh, add_up: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.add_up = add_up
+        self.product: Product = F.linear
         self.weight, self.bias = split(whole.weight, mesh, 1), whole.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[L, inputs/tp] -> [L/tp, D]."""
-        y = F.linear(x, here(self.weight))
-        y = collectives.reduce_scatter_tensor_autograd(y.contiguous(), "sum", 0, self.mesh.get_group())
+        """[L, inputs/tp] -> what is left of [L, D] after adding up over the group: [L/tp, D], or all."""
+        y = self.add_up(self.product(x, here(self.weight), None))
         return y if self.bias is None else y + self.bias.type_as(y)
 
 
@@ -81,6 +88,10 @@ class SplitRMSNorm(nn.Module):
         mean = AllReduce.apply(squares, self.mesh) / self.width  # [L, 1]
         return (y * torch.rsqrt(mean + self.eps) * here(self.weight).float()).type_as(x)
 
+    def by_head(self, x: Tensor, head_width: int, rotation: Tensor | None) -> Tensor:
+        """[L, D/tp] -> [L, N/tp, K], as of an RMSNorm."""
+        return qknorm_rope(self(x), None, rotation, head_width)
+
 
 class AllReduce(torch.autograd.Function):
     """The sum over the group, which every rank uses in its own way: so gradients are summed too."""
@@ -94,6 +105,13 @@ class AllReduce(torch.autograd.Function):
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
         mesh: DeviceMesh = ctx.mesh  # type: ignore[attr-defined]
         return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", mesh.get_group())), None
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[L/n, ...] -> [L, ...] of all n ranks, as much from each; outside autograd."""
+    whole = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
 
 
 def split(parameter: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
@@ -112,9 +130,16 @@ def is_split(parameter: Tensor) -> bool:
     return names is not None and "tp" in names
 
 
-def split_model(model: nn.Module, plan: list[tuple[str, Style]], mesh: DeviceMesh) -> None:
-    """Replaces the layers that match the plan's patterns; the first group of a pattern names those that share a gather."""
+def split_model(model: nn.Module, plan: list[tuple[str, Style]], mesh: DeviceMesh, sequence: bool = True) -> None:
+    """Replaces the layers that match the plan's patterns; the first group of a pattern names those that share a gather. With
+    `sequence`, tokens are split between the layers."""
     gathers: dict[str, Gather] = {}
+
+    def add_up(y: Tensor) -> Tensor:
+        if not sequence:
+            return AllReduce.apply(y, mesh)
+        return collectives.reduce_scatter_single_autograd(y.contiguous(), "sum", 0, mesh.get_group())
+
     for name, module in list(model.named_modules()):
         for pattern, style in plan:
             match = re.fullmatch(pattern, name)
@@ -128,10 +153,10 @@ def split_model(model: nn.Module, plan: list[tuple[str, Style]], mesh: DeviceMes
             else:
                 assert isinstance(module, nn.Linear)
                 if style == "row":
-                    new = RowLinear(module, mesh)
+                    new = RowLinear(module, mesh, add_up)
                 else:
                     gather: Callable[[Tensor], Tensor] = as_it_is
-                    if style == "column":
+                    if style == "column" and sequence:
                         gather = shared = gathers.setdefault(match[1], Gather(mesh))
                         shared.layers += 1
                     new = ColumnLinear(module, mesh, gather)
@@ -140,5 +165,5 @@ def split_model(model: nn.Module, plan: list[tuple[str, Style]], mesh: DeviceMes
 
 
 def as_it_is(x: Tensor) -> Tensor:
-    """What all ranks have anyway, such as a caption."""
+    """What all ranks have whole anyway, such as a caption."""
     return x

@@ -1,4 +1,5 @@
-"""Makes videos from prompts with a checkpoint of run.dir: an mp4 each and a PNG contact sheet.
+"""Makes videos from prompts with a checkpoint of run.dir: an mp4 each and a PNG contact sheet. On several processes, started by
+`launch`, parallel.layout says how they share the prompts (dp) and the work on each (cp, tp, pp).
 
 example:
   megasora sample --config configs/demo.yaml '--sample.prompts=["a rabbit in a meadow"]' --sample.steps=50
@@ -9,39 +10,44 @@ import itertools
 import json
 import math
 import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megasora.build import find_objective
+from megasora.build import build_engine, check_rollout, find_objective
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.encoders import open_encoders
+from megasora.engines.torch_native import EngineConfig
 from megasora.errors import CheckpointError, ConfigError
 from megasora.models.families import build_model, chunk_of
 from megasora.models.first_stage import FirstStage
 from megasora.observe.hardware import peak_memory
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
-from megasora.parallel.mesh import pick_device
+from megasora.parallel.mesh import Processes, on_main, pick_device, processes, rank, world_size
+from megasora.parallel.plan import check_layout
 from megasora.rendering import first_shape, make_prompts, render, write_sheet, write_video
-from megasora.sampling import Generator
+from megasora.sampling import Generator, turns
 from megasora.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "sample", "run", "data", "encode", "model", "objective")
+    add_config_argument(parser, "sample", "run", "data", "encode", "model", "objective", "parallel")
     parser.add_argument("--json", action="store_true", help="print the files as one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    start_logging(None, rank=0)
+    start_logging(None, rank())
     begin = time.perf_counter()
     files = sample(config)
-    if args.json:
+    if args.json and rank() == 0:
         seconds, memory = round(time.perf_counter() - begin, 3), peak_memory(pick_device())
         print(json.dumps({"files": [str(file) for file in files], "seconds": seconds, "peak_memory_bytes": memory}))
     for file in files:
@@ -54,24 +60,36 @@ def sample(config: Config) -> list[Path]:
     objective = find_objective(config)
     if objective is None:
         raise ConfigError(f"model.family={config.model.family}: a classifier makes no videos")
-    device = pick_device()
-    stage, text = open_encoders(config.encode, config.data.latents_at, device)
-    prompts = make_prompts(wanted, text)
-    with Progress("sample") as progress:
+    # A layout is for the processes that train; one process alone samples from any checkpoint.
+    with processes(config.parallel.layout if world_size() > 1 else "dp1") as group, Progress("sample") as progress:
+        check_layout(config.model, group.layout)
+        check_rollout(config, group)
+        stage, text = open_encoders(config.encode, config.data.latents_at, group.device)
+        prompts = make_prompts(wanted, text)
+        mine = turns(len(prompts), group.data_rank, group.layout.dp)
         ticks = itertools.count(1)
         generator = Generator(
-            nn.Identity(), config.model, objective, config.objective, wanted, device,
-            lambda: progress(next(ticks), predictions(config, stage) * len(prompts), "predictions"),
+            nn.Identity(), config.model, objective, config.objective, wanted, group.device,
+            lambda: progress(next(ticks), predictions(config, stage) * len(mine), "predictions") if group.is_main else None,
+            multiple=group.part(group.layout.cp)[1],
         )  # fmt: skip
         first_shape(generator, stage)  # refuses sizes before weights are read
-        generator.model, step = load_model(config, device)
+        generator.predict, step = load_model(config, group)
         directory = Path(wanted.output) if wanted.output else Path(config.run.dir) / "samples" / f"step-{step:08d}"
-        previews, files, begin = [], [], time.perf_counter()
-        for i, (_, prompt) in enumerate(prompts):
-            files.append(directory / f"{i:02d}.mp4")
-            previews.append(write_video(render(generator, stage, prompt), wanted, files[-1]))
+        files = [directory / f"{i:02d}.mp4" for i in range(len(prompts))]
+        previews, begin = {}, time.perf_counter()
+        for i in mine:
+            stretches = render(generator, stage, prompts[min(i, len(prompts) - 1)][1])
+            if group.speaks and i < len(prompts):
+                previews[i] = write_video(stretches, wanted, files[i])
+            else:
+                deque(stretches, maxlen=0)  # the others need this process's part
+        previews = on_main(group, previews)
+        if not group.is_main:
+            return []
     log.info("%d videos of %d frames in %.1f s", len(files), wanted.frames, time.perf_counter() - begin)
-    return [*files, write_sheet(previews, [caption for caption, _ in prompts], directory)]
+    ordered = [previews[i] for i in range(len(prompts))]
+    return [*files, write_sheet(ordered, [caption for caption, _ in prompts], directory)]
 
 
 def predictions(config: Config, stage: FirstStage) -> int:
@@ -85,16 +103,22 @@ def predictions(config: Config, stage: FirstStage) -> int:
     return stretches * wanted.steps * (2 if wanted.sampler == "heun" else 1)
 
 
-def load_model(config: Config, device: torch.device) -> tuple[nn.Module, int]:
-    """The model with the weights of sample.checkpoint, and the step that they are from."""
+def load_model(config: Config, group: Processes) -> tuple[Callable[..., Tensor], int]:
+    """What predicts with the weights of sample.checkpoint, and the step that they are from."""
     root = Path(config.run.dir) / "checkpoints"
     named = config.sample.checkpoint
     path = resume_path(root, "auto" if named == "latest" else named).path
     if path is None:
         raise CheckpointError(f"{root}: no checkpoint; train first, or give sample.checkpoint=PATH")
-    with torch.device("meta"):
-        model = build_model(config.model)
-    model.to_empty(device=device)
-    prefix = f"{config.sample.weights}/"
-    load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix)
-    return model.eval(), int(read_facts(path)["step"])
+    step, prefix = int(read_facts(path)["step"]), f"{config.sample.weights}/"
+    if group.world == 1:
+        with torch.device("meta"):
+            model = build_model(config.model)
+        model.to_empty(device=group.device)
+        load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix)
+        return model.eval(), step
+    engine = build_engine(replace(config, precision=EngineConfig(), optim=replace(config.optim, ema=0.0)), group)
+    weights = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("model/")}
+    load(path, {prefix + name.removeprefix("model/"): tensor for name, tensor in weights.items()}, prefix=prefix)
+    engine.loaded()
+    return engine.predict, step

@@ -15,7 +15,7 @@ from megasora.engines.optim import OptimConfig
 from megasora.engines.torch_native import EngineConfig, TorchNative
 from megasora.models.packing import Item, PackedRow, in_patches, pack, patchify
 from megasora.models.video_dit import VideoDiT, VideoDiTConfig
-from megasora.parallel.layout import parse_layout
+from megasora.parallel.layout import ParallelConfig, parse_layout
 from megasora.parallel.mesh import AXES, Processes
 from tests.harness import run_distributed
 
@@ -71,7 +71,9 @@ def train(layout: str, optim: OptimConfig = ADAMW, precision: str = "fp32") -> d
     shape = (1, parsed.dp_replicate, parsed.dp_shard, 1, 1)
     mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
     group = Processes(rank, world, torch.device("cpu"), parsed, mesh)
-    engine = TorchNative(partial(NoisyDiT, CONFIG), 7, group, EngineConfig(precision=precision), optim, [])
+    engine = TorchNative(
+        partial(NoisyDiT, CONFIG), 7, group, ParallelConfig(), EngineConfig(precision=precision), optim, []
+    )
     share = 4 // world
     samples = range(group.data_rank * share, (group.data_rank + 1) * share)
     rows = [row_of([i]) for i in samples] if world > 1 else [row_of([0, 1]), row_of([2, 3])]
@@ -170,7 +172,7 @@ def by_hand() -> dict[str, Any]:
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1, 1, 1, 1), mesh_dim_names=AXES)
     group = Processes(0, 1, torch.device("cpu"), parse_layout("dp1", 1), mesh)
     optim = OptimConfig(clip=0.05, ema=0.9)
-    engine = TorchNative(partial(NoisyDiT, CONFIG), 7, group, EngineConfig(), optim, [])
+    engine = TorchNative(partial(NoisyDiT, CONFIG), 7, group, ParallelConfig(), EngineConfig(), optim, [])
     model = copy.deepcopy(engine.model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     average = [p.detach().clone() for p in model.parameters()]

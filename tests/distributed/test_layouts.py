@@ -31,12 +31,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(family: str) -> Config:
+def config_of(family: str, recompute: str = "none") -> Config:
     model = [
         f"--model.{key}={json.dumps(value) if isinstance(value, list) else value}"
         for key, value in FAMILIES[family].items()
     ]
-    return load_config(None, [*model, "--run.seed=3"])
+    return load_config(None, [*model, "--run.seed=3", f"--parallel.recompute={recompute}"])
 
 
 def outcomes(cases: list[tuple[str, str]]) -> list[Outcome]:
@@ -44,11 +44,12 @@ def outcomes(cases: list[tuple[str, str]]) -> list[Outcome]:
     found = []
     for family, layout in cases:
         world, rank = dist.get_world_size(), dist.get_rank()
+        layout, _, recompute = layout.partition("@")
         parsed = parse_layout(layout, world)
         shape = (parsed.pp, parsed.dp_replicate, parsed.dp_shard, parsed.cp, parsed.tp)
         mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
         group = Processes(rank, world, torch.device("cpu"), parsed, mesh)
-        found.append(run(config_of(family), group))
+        found.append(run(config_of(family, recompute or "none"), group))
     return found
 
 
@@ -58,28 +59,40 @@ def reference() -> dict[str, Outcome]:
     return dict(zip(FAMILIES, found, strict=True))
 
 
-# (family, layout) by the number of processes; those of a number share their processes.
+# By the number of processes, family: layouts, and after @ what blocks recompute. Those of a number share their processes.
 CASES = {
-    2: [("video_dit", layout) for layout in ("dp2", "dp2,zero1", "dp2,zero2", "dp2,zero3", "cp2x1", "cp1x2", "dp1,cp2,zero3")]
-    + [(family, layout) for family in ("video_dit", "stdit", "dit", "chunks") for layout in ("tp2", "pp2", "cp2x1")]
-    + [(family, layout) for family in ("mmdit", "refiner") for layout in ("pp2", "cp2x1", "cp1x2")]
-    + [("dit", "cp1x2"), ("video_dit", "tp2,dp1,zero1"), ("deep", "pp2:interleaved"), ("deep", "pp2:gpipe")],
-    4: [("video_dit", layout) for layout in ("hsdp2x2", "cp2x2", "dp2,cp2,zero3", "tp4", "dp2,tp2,zero1", "dp1,tp2,cp1x2,zero3")]
-    + [("deep", layout) for layout in ("pp4", "pp2:interleaved,dp2,zero2", "pp2,tp2", "pp2,dp2,zero3")]
-    + [("mmdit", "cp2x2"), ("stdit", "tp2,cp2"), ("stdit", "pp2,cp2,dp1,zero1")],
+    2: {
+        "video_dit": "dp2 dp2,zero1 dp2,zero2 dp2,zero3@full cp2x1@full cp1x2@selective dp1,cp2,zero3 cp2:dynamic"
+        " tp2 tp2@selective tp2:nosp pp2@full tp2,dp1,zero1",
+        "stdit": "tp2@full pp2 cp2x1", "dit": "tp2 pp2@every2 cp1x2", "chunks": "tp2 pp2 cp2x1",
+        "mmdit": "tp2 pp2 cp1x2", "refiner": "tp2 pp2 cp2x1 tp2:nosp", "deep": "pp2:interleaved pp2:gpipe",
+    },
+    4: {
+        "video_dit": "hsdp2x2 cp2x2 dp2,cp2,zero3 tp4 dp2,tp2,zero1 tp2,cp2 dp1,tp2,cp1x2,zero3 cp2x2:dynamic",
+        "deep": "pp4 pp2:interleaved,dp2,zero2 pp2,tp2 pp2,dp2,zero3",
+        "mmdit": "tp2,cp2@selective dp1,cp4:dynamic,zero3", "refiner": "tp4", "stdit": "tp2,cp2 pp2,cp2,dp1,zero1",
+    },
+    8: {"deep": "pp2,tp2,dp2@full dp2,cp2,tp2,zero3@selective"},
 }  # fmt: skip
 MORE = {
-    2: [("video_dit", "pp2:gpipe"), ("video_dit", "pp2,dp1,zero2"), ("stdit", "dp2,zero1"), ("dit", "dp2,zero1")],
-    4: [("video_dit", layout) for layout in ("cp4", "dp2,cp1x2", "dp1,cp1x4,zero2", "dp2,tp2", "dp2,tp2,zero3", "tp2,cp2")]
-    + [("video_dit", layout) for layout in ("hsdp2x2,zero1", "dp4,zero1", "dp2,cp2,zero1", "dp2,cp2,zero2", "pp2,dp2,zero1")]
-    + [("deep", layout) for layout in ("pp4:gpipe", "pp2,cp2", "pp2:interleaved,tp2", "pp2,cp1x2", "pp2:interleaved,dp2,zero3")]
-    + [("mmdit", "dp2,cp2,zero3"), ("mmdit", "pp2,cp2"), ("stdit", "cp4"), ("dit", "dp2,tp2,zero2"), ("dit", "pp2,tp2")],
-    8: [("deep", layout) for layout in ("pp2,tp2,dp2", "dp2,cp2,tp2,zero3", "pp2:interleaved,tp2,cp2", "hsdp2x2,tp2")]
-    + [("deep", "pp4,dp2,zero1"), ("stdit", "dp2,tp2,cp2,zero1"), ("mmdit", "pp2,cp2,dp2,zero2")],
+    2: {"video_dit": "pp2:gpipe pp2,dp1,zero2", "stdit": "dp2,zero1 tp2:nosp", "dit": "dp2,zero1 tp2:nosp",
+        "mmdit": "tp2:nosp cp2x1", "chunks": "tp2:nosp", "refiner": "cp1x2"},
+    4: {
+        "video_dit": "cp4 dp2,cp1x2 dp1,cp1x4,zero2 dp2,tp2 dp2,tp2,zero3 hsdp2x2,zero1 dp4,zero1 dp2,cp2,zero1 dp2,cp2,zero2"
+        " pp2,dp2,zero1 dp2,tp2:nosp,zero3 tp2:nosp,cp2 pp2,tp2:nosp",
+        "deep": "pp4:gpipe pp2,cp2 pp2:interleaved,tp2 pp2,cp1x2 pp2:interleaved,dp2,zero3",
+        "mmdit": "cp2x2 dp2,cp2,zero3 pp2,cp2 tp4 tp2,cp1x2 dp2,tp2,zero3 pp2,tp2 tp2:nosp,cp1x2 dp2,tp2:nosp",
+        "refiner": "tp2,cp2 tp2,cp1x2 dp2,tp2,zero3", "stdit": "cp4 tp4:nosp", "dit": "dp2,tp2,zero2 pp2,tp2",
+    },
+    8: {
+        "deep": "pp2:interleaved,tp2,cp2 hsdp2x2,tp2 pp4,dp2,zero1", "video_dit": "dp2,cp4:dynamic,zero2",
+        "dit": "tp2,cp1x4:dynamic", "stdit": "dp2,tp2,cp2,zero1", "mmdit": "pp2,cp2,dp2,zero2",
+    },
 }  # fmt: skip
 
 
-def check(cases: list[tuple[str, str]], world: int, reference: dict[str, Outcome]) -> None:
+def check(layouts: dict[str, str], world: int, reference: dict[str, Outcome]) -> None:
+    cases = [(family, layout) for family, several in layouts.items() for layout in several.split()]
     for rank, found in enumerate(run_distributed(outcomes, world, cases, timeout=600)):
         for (family, layout), outcome in zip(cases, found, strict=True):
             difference = compare(reference[family], outcome)
@@ -98,53 +111,52 @@ def test_more_layouts(world: int, reference: dict[str, Outcome]) -> None:
     check(MORE[world], world, reference)
 
 
-def broken_norm(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: the squares of a split norm are summed, their gradients are not."""
-    with patch.object(AllReduce, "backward", staticmethod(lambda ctx, grad: (grad, None))):
-        return outcomes(cases)
+def forgotten_bias() -> Any:
+    """One bias of what modulates is taken for split, so it is not summed over the tensor group."""
+    return patch("megasora.engines.torch_native.is_split", lambda p: is_split(p) or p.shape == (6 * 48,))
 
 
-def broken_sum(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: what is not split is not summed over the tensor group."""
-    with patch.object(TorchNative, "_reduce", lambda engine: None):
-        return outcomes(cases)
+def forgotten_backward_sum() -> Any:
+    """The squares of a split norm are summed, their gradients are not."""
+    return patch.object(AllReduce, "backward", staticmethod(lambda ctx, grad: (grad, None)))
 
 
-def broken_embedder(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: what all stages of a pipeline share is not summed over them."""
-    with patch("megasora.parallel.pipeline.shared_parameters", lambda model: {"time_embed.0.weight"}):
-        return outcomes(cases)
+def forgotten_embedder() -> Any:
+    """Of what all stages of a pipeline share, one weight alone is summed over them."""
+    return patch("megasora.parallel.pipeline.shared_parameters", lambda model: {"time_embed.0.weight"})
 
 
-def broken_count(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: the norm has what all stages share once a stage."""
-    counts = TorchNative._counts
-
-    def every(engine: TorchNative, name: str) -> bool:
-        return counts(engine, name) or name in engine.pipeline.stages.shared  # type: ignore[union-attr]
-
-    with patch.object(TorchNative, "_counts", every):
-        return outcomes(cases)
+def norm_once_a_stage() -> Any:
+    """The norm has what all stages share once a stage."""
+    plain = TorchNative._counts
+    return patch.object(
+        TorchNative, "_counts", lambda engine, name: plain(engine, name) or name in engine.pipeline.stages.shared
+    )
 
 
-def broken_modulation(cases: list[tuple[str, str]]) -> list[Outcome]:
-    """A seeded bug: one bias of what modulates is not summed over the tensor group."""
-    plain = is_split
-
-    def forgotten(parameter: torch.Tensor) -> bool:
-        return plain(parameter) or parameter.shape == (6 * 48,)
-
-    with patch("megasora.engines.torch_native.is_split", forgotten):
-        return outcomes(cases)
+def nothing_summed() -> Any:
+    """What is not split is not summed over the tensor group."""
+    return patch.object(TorchNative, "_reduce", lambda engine: None)
 
 
-@pytest.mark.parametrize(
-    ("bug", "layout"),
-    [(broken_norm, "tp2"), (broken_sum, "tp2"), (broken_modulation, "tp2"), (broken_embedder, "pp2"), (broken_count, "pp2")],
-)  # fmt: skip
-def test_a_missing_reduction_is_seen(bug: Any, layout: str, reference: dict[str, Outcome]) -> None:
-    for (outcome,) in run_distributed(bug, 2, [("video_dit", layout)]):
-        assert compare(reference["video_dit"], outcome).worst > 1e-3
+BUGS = {
+    forgotten_bias: "tp2", forgotten_backward_sum: "tp2", nothing_summed: "tp2",
+    forgotten_embedder: "pp2", norm_once_a_stage: "pp2",
+}  # fmt: skip
+
+
+def with_bugs() -> list[Outcome]:
+    found = []
+    for bug, layout in BUGS.items():
+        with bug():
+            found += outcomes([("video_dit", layout)])
+    return found
+
+
+def test_a_missing_reduction_is_seen(reference: dict[str, Outcome]) -> None:
+    for found in run_distributed(with_bugs, 2):
+        for bug, outcome in zip(BUGS, found, strict=True):
+            assert compare(reference["video_dit"], outcome).worst > 1e-3, bug.__name__
 
 
 def test_no_gradient_is_missing(reference: dict[str, Outcome]) -> None:

@@ -10,7 +10,7 @@ from megasora.models.mmdit import PRESETS, MMDiT, MMDiTConfig, forward_macs, joi
 from megasora.models.packing import Item, PackedRow, Shape, pack
 
 SMALL = MMDiTConfig(
-    width=48, depth=2, single_depth=2, heads=4, ffn=80, channels=4, text_width=24, pooled_width=20, axes=(4, 4, 4)
+    width=48, depth=2, single_depth=2, heads=4, ffn=96, channels=4, text_width=24, pooled_width=20, axes=(4, 4, 4)
 )
 REFINED = replace(SMALL, text="refiner", guidance_embed=True)
 SHAPES: list[Shape] = [(1, 2, 2), (3, 1, 3), (2, 2, 1)]
@@ -126,10 +126,37 @@ def test_the_joint_sequence_is_text_then_video_sample_by_sample() -> None:
     joint = join(row)
     assert joint.samples.lengths == (1 + 9, 3 + 4, 0 + 2)
     expected = [0, *range(4, 13), 1, 2, 3, *range(13, 17), 17, 18]  # of [4 text tokens; 15 patches]
+    assert joint.order is not None
     assert joint.order.tolist() == expected
-    assert [expected[place] for place in (*joint.text, *joint.video)] == list(range(19))
-    assert joint.part.tolist() == [0] + 3 * [1] + 6 * [2] + 3 * [3] + 2 * [4] + 2 * [5] + 2 * [7]  # 6: padding's text
-    assert joint.parts.tolist() == [0, 3, 4, 1, 5, 6, 2, 7]  # of [3 texts; 5 runs]
+    assert joint.owner.tolist() == [0] + 3 * [1] + 3 * [3] + 6 * [4] + 2 * [5] + 2 * [6] + 2 * [
+        7
+    ]  # of [3 texts; 5 runs]
+    x = torch.randn(19, 2)
+    assert torch.equal(joint.enter(x), x[expected])
+    assert torch.equal(joint.leave(joint.enter(x)), x)
+    assert torch.equal(torch.cat(joint.part(joint.meet(x[:4], x[4:]))), x)
+    assert join(pack([make_item(1)], capacity=12)).order is None  # one sample, and padding that has no text
+
+
+def test_parts_that_are_attended_together_have_as_much_text_each() -> None:
+    row = pack(
+        [make_item(0), make_item(1)], capacity=16
+    )  # 6 text tokens, 5 of them of the first sample; 4, 9 and 3 patches
+    parts = [row.part(index, 4, shared=2) for index in range(4)]
+    assert [part.own_text for part in parts] == [(0, 2), (2, 3), (3, 5), (5, 6)]
+    assert [part.attended.own_text for part in parts] == [(0, 3), (0, 3), (3, 6), (3, 6)]
+    first, last = join(parts[0]), join(parts[3])
+    assert (first.text, last.text, first.pieces) == (2, 2, 2)
+    # Each part is [two text tokens; four patches]. The second text token of parts 1 and 3 is padding.
+    assert first.order is not None
+    assert first.order.tolist() == [0, 1, 6, 2, 3, 4, 5, 8, 9, 10, 11]
+    assert first.samples.lengths == (3 + 4, 4, 0)
+    assert first.samples.peers == (first.samples.lengths, (2, 1 + 5, 3))
+    assert last.order is not None
+    assert last.order.tolist() == [0, 1, 6, 2, 3, 4, 5, 8, 9, 10, 11]
+    assert last.owner.tolist() == [1, 2, 5, 6, 6, 6]  # text of the second sample, padding; its last patch, padding
+    found = last.leave(torch.arange(1, 12))
+    assert found.tolist() == [1, 2, 4, 5, 6, 7, 3, 0, 8, 9, 10, 11]
 
 
 def test_initial_state_is_adaln_zero() -> None:
@@ -173,6 +200,7 @@ def test_bfloat16_autocast_keeps_conditions_in_fp32() -> None:
         ("heads", {"heads": 5}),
         ("single_depth", {"single_depth": 0}),
         ("ffn", {"ffn": 0}),
+        ("ffn", {"ffn": 98}),
         ("text_width", {"text_width": 0}),
         ("pooled_width", {"pooled_width": 0}),
         ("theta", {"theta": 0.5}),

@@ -100,17 +100,17 @@ def test_a_cached_rollout_is_the_uncached_one(window: int, guidance: float) -> N
     for number in range(3):
         shape = (4, 2 * number + 2, 4, 4)
         whole = leading(done, shape)
-        model = made.model
+        model = made.predict
 
         def with_past(
             row: PackedRow, cache: Any, number: int = number, whole: Any = whole, model: Any = model
         ) -> Tensor:
             return ask_uncached(model, row, whole.latent[:, : 2 * number])
 
-        made.model = with_past
+        made.predict = with_past
         caches: list[Any] = [{}, {}]
         fresh = made._sample((4, 2, 4, 4), prompt, None, (number,), 2 * number, caches)
-        made.model = model
+        made.predict = model
         done = torch.cat([done, fresh], dim=1)
     assert done.std() > 0.1
     torch.testing.assert_close(cached, done, rtol=1e-5, atol=1e-5)

@@ -142,7 +142,7 @@ def test_attention_is_factorised(kind: str) -> None:
     block = getattr(model.blocks[0], kind)
     x, text = torch.randn(row.video.total, 48), torch.randn(10, 48)
     setting = replace(model.setting(row), text=text, modulation=torch.randn(2, 6, 48))
-    apply = partial(block, setting=setting, angles=None, order=order)
+    apply = partial(block, setting=setting, rotation=None, order=order)
     frame, place = row.grid[:, 0], row.grid[:, 1:]
     for token in range(row.video.total):
         changed = x.clone()

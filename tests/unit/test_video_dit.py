@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from megasora_kernels.qknorm_rope import rotation_table
 
 from megasora.models.flops import forward_macs, training_flops
 from megasora.models.layers import rotary_angles, sincos_embedding
@@ -181,7 +182,9 @@ def test_a_block_is_wans_formula() -> None:
     y = norm(expected, weight=block.norm_cross.weight, bias=block.norm_cross.bias)
     expected = expected + attend(block.cross_attention, y, text)
     expected = expected + block.mlp(norm(expected) * (1 + m[4]) + m[3]) * m[5]
-    setting = replace(model.setting(row), text=text, modulation=e, angles=torch.zeros(row.video.total, 6))
+    setting = replace(
+        model.setting(row), text=text, modulation=e, rotation=rotation_table(torch.zeros(row.video.total, 6))
+    )
     found = block(x, setting)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -5,6 +5,7 @@ Both name their blocks alike. Flux takes patches that are already flattened, cha
 
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def weight_map(config: MMDiTConfig) -> list[Rename]:
     for i in range(config.depth):
         table += _double_block(f"blocks.{i}", f"transformer_blocks.{i}")
     for i in range(config.single_depth):
-        table += _single_block(f"blocks.{config.depth + i}", f"single_transformer_blocks.{i}")
+        table += _single_block(config, f"blocks.{config.depth + i}", f"single_transformer_blocks.{i}")
     return table
 
 
@@ -81,6 +82,20 @@ def channels_first(config: MMDiTConfig) -> Change:
         to_ours=lambda w: rearrange(w, "(k C pt ph pw) ... -> (k pt ph pw C) ...", **sizes),
         to_theirs=lambda w: rearrange(w, "(k pt ph pw C) ... -> (k C pt ph pw) ...", **sizes),
     )
+
+
+def head_by_head(config: MMDiTConfig) -> Change:
+    """Columns for what attention has found and for the hidden values: theirs in this order, ours so for each head."""
+    N, K, hidden = config.heads, config.head_width, config.ffn // config.heads
+
+    def to_ours(w: Tensor) -> Tensor:
+        parts = w.split([config.width, config.ffn], dim=1)
+        return torch.cat([part.unflatten(1, (N, -1)) for part in parts], dim=-1).flatten(1)
+
+    def to_theirs(w: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in w.unflatten(1, (N, -1)).split([K, hidden], dim=-1)], dim=1)
+
+    return Change(to_ours, to_theirs)
 
 
 def _patch_embedding(config: MMDiTConfig) -> tuple[str, Change]:
@@ -139,10 +154,11 @@ def _double_block(ours: str, theirs: str) -> list[Rename]:
     ]
 
 
-def _single_block(ours: str, theirs: str) -> list[Rename]:
+def _single_block(config: MMDiTConfig, ours: str, theirs: str) -> list[Rename]:
     return [
         *linear(f"{ours}.modulation", f"{theirs}.norm.linear"),
         *_qkv(f"{ours}.qkv", f"{theirs}.attn", ("to_q", "to_k", "to_v", "norm_q", "norm_k")),
         *linear(f"{ours}.mlp", f"{theirs}.proj_mlp"),
-        *linear(f"{ours}.out", f"{theirs}.proj_out"),
+        Rename(f"{ours}.out.weight", f"{theirs}.proj_out.weight", head_by_head(config)),
+        Rename(f"{ours}.out.bias", f"{theirs}.proj_out.bias"),
     ]

@@ -1,0 +1,61 @@
+"""What the kernels over a packed row share: how a row is launched, and what its inputs must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # a plain CPU install: only the references are used
+    triton = None
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """Triton's, where there is Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def row_launch(width: int) -> dict[str, int]:
+    """The block that holds one token in registers, and the warps that share it: 16 values a thread up to D = 8192."""
+    block_width = triton.next_power_of_2(width)
+    return {"block_width": block_width, "num_warps": min(max(block_width // 512, 1), 16)}
+
+
+def rows(modulation: Tensor) -> Tensor:
+    """As it is, where each row is contiguous: the six modulations of a block are views of one tensor."""
+    return modulation if modulation.stride(1) == 1 else modulation.contiguous()
+
+
+def spread(values: Tensor, sample: Tensor) -> Tensor:
+    """[S, D] of samples -> [L, D] of their tokens, `sample` [L] non-decreasing.
+
+    On a CPU by stretches, whose gradients are plain sums; those of an index are added element by element.
+    """
+    if sample.is_cuda:
+        return values.index_select(0, sample)
+    if len(values) == 1:
+        return values.expand(len(sample), -1)
+    lengths = torch.bincount(sample, minlength=len(values)).tolist()
+    return torch.cat([row.expand(n, -1) for row, n in zip(values, lengths, strict=True)])
+
+
+def check_row(tokens: dict[str, Tensor], modulations: dict[str, Tensor], sample: Tensor) -> None:
+    """Raises ValueError unless all `tokens` are [L, D], all `modulations` [S, D] fp32 (fp64 where the first tokens are), and
+    `sample` is [L] int32 or int64."""
+    x = next(iter(tokens.values()))
+    wanted = torch.promote_types(x.dtype, torch.float32)
+    together = {**tokens, **modulations}
+    fit = x.ndim == 2 and all(t.shape == x.shape for t in tokens.values())
+    fit = fit and len({t.shape for t in modulations.values()}) == 1
+    if not fit or any(t.ndim != 2 or t.shape[1] != x.shape[1] for t in modulations.values()):
+        shapes = ", ".join(f"{name} {[*t.shape]}" for name, t in together.items())
+        raise ValueError(f"{' and '.join(tokens)} [L, D], {' and '.join(modulations)} [S, D] do not fit: {shapes}")
+    for name, t in modulations.items():
+        if t.dtype != wanted:
+            raise ValueError(f"{name} of {x.dtype} tokens must be {wanted}, not {t.dtype}")
+    if sample.shape != x.shape[:1] or sample.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"sample must be int32 or int64 of shape {[*x.shape[:1]]}: {sample.dtype} {[*sample.shape]}")

@@ -1,0 +1,64 @@
+"""Recomputation: what the backward pass of a block needs is kept, or computed again when it is needed.
+
+full keeps only what enters a block (Chen et al. 2016); everyK does so to every K-th block. selective also keeps what matrix
+products, attention and collectives gave, so that only cheap steps are repeated and nothing is sent twice. Beside it, what is kept
+may wait in the host's memory.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+DEAR = re.compile(
+    r"aten::_(scaled_dot_product|flash|efficient|cudnn).*attention|_c10d_functional::|megasora::.*attention"
+)
+
+
+def recompute(blocks: Iterable[nn.Module], how: str, offload: bool = False) -> None:
+    """Makes blocks recompute themselves: none, full, selective, or everyK (the first of each K). With `offload` what they keep
+    goes to the host."""
+    every = int(how.removeprefix("every")) if how.startswith("every") else 1
+    for number, block in enumerate(blocks):
+        if how != "none" and number % every == 0:
+            contexts = selective if how == "selective" else plain
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+            block.forward = partial(again, block.forward)
+        if offload:
+            block.forward = partial(offloaded, block.forward)
+
+
+def plain() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), nullcontext()
+
+
+def selective() -> Any:
+    """The contexts of a forward pass and of its repetition."""
+    return create_selective_checkpoint_contexts(keep_the_dear)
+
+
+def keep_the_dear(
+    context: SelectiveCheckpointContext, op: torch._ops.OpOverload, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    """What would take long to repeat is kept."""
+    if op in PRODUCTS or DEAR.match(op.name()):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def offloaded(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A forward pass whose saved tensors wait on the host."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return forward(*args)
