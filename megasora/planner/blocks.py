@@ -18,12 +18,12 @@ from megasora.planner.tape import FLOAT, Place, Tape, Value
 def video_dit_block(config: VideoDiTConfig, place: Place, shared: Value) -> Tape:
     """`shared`: the caption's tokens [M, D], which every block keeps, and which are counted once."""
     tape, D, tp = Tape(place), config.width, place.tp
-    K, heads = config.head_width, config.heads // tp
+    heads = config.heads // tp
     x = tape.value(place.tokens, D)
 
     y = tape.gather(tape.modulated(x))
     q, k, v = (tape.linear(y, D // tp) for _ in range(3))
-    q, k = (tape.rotate(tape.rms(z, over_group=True), K) for z in (q, k))
+    q, k = (tape.rotate(tape.rms(z, over_group=True)) for z in (q, k))
     y = tape.context_attention(q, k, v, heads, place.pieces)
     x = tape.gated(x, tape.row_linear(y, D, place.tokens))
 
@@ -42,45 +42,49 @@ def mlp(tape: Tape, x: Value, hidden: int, width: int, rows: int) -> Value:
 
 def double_block(config: MMDiTConfig, place: Place, shared: Value) -> Tape:
     """Text and video each with weights of their own; attention is over both."""
-    tape, D, K = Tape(place), config.width, config.head_width
+    tape, D, tp = Tape(place), config.width, place.tp
+    heads = config.heads // tp
     streams = [tape.value(rows, D) for rows in (place.own_text, place.tokens)]
-    joint = place.own_text + place.tokens
-    normed = []
-    for x in streams:
-        y = tape.modulated(x)
-        q, k, v = (tape.linear(y, D) for _ in range(3))
-        normed.append([tape.rms(q, config.heads), tape.rms(k, config.heads), v])
-    q, k, v = (tape.value(joint, D) for _ in range(3))  # side by side, in the order of samples
+    for x, conditions in zip(streams, (place.samples, place.runs), strict=True):
+        y = tape.gather(tape.modulated(x, conditions))
+        q, k, _ = (tape.linear(y, D // tp) for _ in range(3))
+        for z in (q, k):
+            tape.rotate(tape.rms(z, heads))
+    q, k, v = (tape.value(place.joint, D // tp) for _ in range(3))  # side by side, in the order of samples
     tape.touch(*(4 * [q, k, v]))
-    y = tape.context_attention(tape.rotate(q, K), tape.rotate(k, K), v, config.heads, place.pieces)
-    for x in streams:
-        part = tape.linear(tape.value(x.rows, D), D)
-        x = tape.gated(x, part)
-        x = tape.gated(x, mlp(tape, tape.modulated(x), config.ffn, D, x.rows))
-    tape.touch(*(6 * [y]))
+    y = tape.context_attention(q, k, v, heads, place.pieces)
+    for x, conditions in zip(streams, (place.samples, place.runs), strict=True):
+        seen = y if place.samples == 1 else tape.value(x.rows * tp if place.sequence else x.rows, D // tp)
+        x = tape.gated(x, tape.row_linear(seen, D, x.rows), conditions)
+        y_mlp = mlp(tape, tape.gather(tape.modulated(x, conditions)), config.ffn // tp, D, x.rows)
+        x = tape.gated(x, y_mlp, conditions)
+    tape.touch(*(4 * [y]))
     return tape
 
 
 def single_block(config: MMDiTConfig, place: Place, shared: Value) -> Tape:
     """Text and video with the same weights, attention and MLP side by side."""
-    tape, D, K = Tape(place), config.width, config.head_width
+    tape, D, tp = Tape(place), config.width, place.tp
+    heads, parts = config.heads // tp, place.samples + place.runs  # each sample's text, and the runs
     x = tape.value(place.own_text + place.tokens, D)
-    parts = place.samples + place.runs  # each sample's text, and the runs
-    y = tape.modulated(x, parts)
-    q, k, v = (tape.linear(y, D) for _ in range(3))
-    q, k = (tape.rotate(tape.rms(z, config.heads), K) for z in (q, k))
-    tape.context_attention(q, k, v, config.heads, place.pieces)
-    hidden = tape.activation(tape.linear(y, config.ffn))
-    both = tape.value(x.rows, D + config.ffn)
+    y = tape.gather(tape.modulated(x, parts))
+    q, k, v = (tape.linear(y, D // tp) for _ in range(3))
+    q, k = (tape.rotate(tape.rms(z, heads)) for z in (q, k))
+    if place.samples > 1:  # put in the order of samples
+        q, k, v = (tape.value(z.rows, z.width) for z in (q, k, v))
+        tape.touch(q, k, v)
+    tape.context_attention(q, k, v, heads, place.pieces)
+    hidden = tape.activation(tape.linear(y, config.ffn // tp))
+    both = tape.value(place.joint, (D + config.ffn) // tp)
     tape.touch(hidden, both, both)
-    tape.gated(x, tape.linear(both, D), parts)
+    tape.gated(x, tape.row_linear(both, D, x.rows), parts)
     return tape
 
 
 def stdit_pair(config: STDiTConfig, place: Place, shared: Value) -> Tape:
     """A spatial block, then a temporal one."""
     tape, D, tp = Tape(place), config.width, place.tp
-    K, heads = config.head_width, config.heads // tp
+    heads = config.heads // tp
     x = tape.value(place.tokens, D)
     for time in (False, True):
         y = tape.gather(tape.modulated(x))
@@ -88,7 +92,7 @@ def stdit_pair(config: STDiTConfig, place: Place, shared: Value) -> Tape:
         if config.qk_norm:
             q, k = tape.rms(q, heads), tape.rms(k, heads)
         if time and config.time_position == "rope":
-            q, k = tape.rotate(q, K), tape.rotate(k, K)
+            q, k = tape.rotate(q, config.qk_norm), tape.rotate(k, config.qk_norm)
         y = tape.context_attention(q, k, v, heads, place.sizes, copies=time and place.moving)
         x = tape.gated(x, tape.row_linear(y, D, place.tokens))
         if not time or config.time_text:

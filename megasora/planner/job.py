@@ -61,6 +61,11 @@ class Job:
         return self.layout.dp * self.layout.cp // self.shards
 
     @property
+    def policy(self) -> str:
+        """`recompute` and `every` as parallel.recompute has them."""
+        return f"every{self.every}" if self.every > 1 else self.recompute
+
+    @property
     def ddp(self) -> bool:
         """Whether DDP reduces the gradients."""
         layout = self.layout
@@ -73,7 +78,8 @@ class Job:
     def place(self) -> Place:
         """Of the rank with the longest stretch of the row."""
         layout, model, padded = self.layout, self.model, self.row.padded
-        parts = layout.cp * layout.tp
+        together = layout.tp if layout.sequence_parallel else 1  # ranks of a tensor group that have other tokens
+        parts = layout.cp * together
         begin, end = stretch(self.row.length, 0, parts)
         tokens = end - begin
         joint = model.family == "mmdit"
@@ -85,14 +91,15 @@ class Job:
         runs = chunks or len(padded)
         per_ulysses = tokens + own_text if joint else tokens
         return Place(
-            tokens=tokens, attended=tokens * layout.tp, ring_tokens=per_ulysses * layout.tp * layout.ulysses,
+            tokens=tokens, attended=tokens * together, ring_tokens=per_ulysses * together * layout.ulysses,
             text=self.row.text, own_text=own_text, samples=len(padded), runs=runs,
             pieces=chunks or neighbours(carried),
             text_pieces=neighbours([(n, text) for n, (_, text) in zip(lengths, padded, strict=True)]),
             sizes=max(1, neighbours([(T, H * W) for (T, H, W), _ in padded])),
             moving=any(T > 1 for (T, _, _), _ in padded),
             apart=layout.ulysses > 1 and len(padded) > 1,
-            tp=layout.tp, ulysses=layout.ulysses, ring=layout.ring, width_bytes=self.width_bytes,
+            joint=(tokens + own_text) * together,
+            tp=layout.tp, sequence=layout.sequence_parallel, ulysses=layout.ulysses, ring=layout.ring, width_bytes=self.width_bytes,
             cast=self.precision == "bf16" and layout.zero < 2, kernels=self.kernels,
         )  # fmt: skip
 

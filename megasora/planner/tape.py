@@ -70,7 +70,9 @@ class Place:
     sizes: int  # and attention within frames or over time
     moving: bool  # whether any sample has several frames
     apart: bool  # the row's samples lie apart after the exchange, so tokens are put in order
+    joint: int = 0  # text and video tokens that the tensor group has together, where both go through the blocks
     tp: int = 1
+    sequence: bool = True  # tokens are split over the tensor group between layers
     ulysses: int = 1
     ring: int = 1
     width_bytes: int = 4  # of what is computed: 2 in bf16
@@ -118,7 +120,7 @@ class Tape:
 
     def gather(self, x: Value) -> Value:
         """The tokens of the tensor group: what column layers see. Backward sums and scatters."""
-        if self.place.tp == 1:
+        if self.place.tp == 1 or not self.place.sequence:
             return x
         whole = self.value(self.place.attended if x.rows == self.place.tokens else x.rows * self.place.tp, x.width)
         self.calls.append(("all_gather", "tp", self.place.tp, x.rows * x.width * self.place.width_bytes))
@@ -131,6 +133,10 @@ class Tape:
         y = self.linear(x, outputs)
         if self.place.tp == 1:
             return y
+        if not self.place.sequence:
+            for calls in (self.calls, self.backward_calls):
+                calls.append(("all_reduce", "tp", self.place.tp, y.size))
+            return self.value(y.rows, outputs)
         self.calls.append(("reduce_scatter", "tp", self.place.tp, y.size))
         mine = self.value(rows, outputs)
         self.backward_calls.append(("all_gather", "tp", self.place.tp, mine.size))
@@ -182,19 +188,25 @@ class Tape:
 
     def rms(self, x: Value, heads: int = 1, over_group: bool = False) -> Value:
         """RMS norm over the last dimension, or of each head; of a width that is split, the squares go round the group."""
-        wide = self.float(x)
-        normed = Value(x.rows, x.width, FLOAT)
-        fused = self.place.kernels and not (over_group and self.place.tp > 1)
-        self.keep("norm", wide, *([] if fused else [normed]), Value(x.rows, heads, FLOAT))
-        if over_group and self.place.tp > 1:
+        y = Value(x.rows, x.width, x.bytes)
+        split = over_group and self.place.tp > 1
+        if split:
             for calls in (self.calls, self.backward_calls):
                 calls.append(("all_reduce", "tp", self.place.tp, x.rows * FLOAT))
-        y = Value(x.rows, x.width, x.bytes)
+        if self.place.kernels and not split:  # with the rotation in one: the statistics are computed again
+            self.keep("norm", x)
+            self.touch(x, y)
+            return y
+        wide = self.float(x)
+        normed = Value(x.rows, x.width, FLOAT)
+        self.keep("norm", wide, normed, Value(x.rows, heads, FLOAT))
         self.touch(x, wide, wide, normed, y)
         return y
 
-    def rotate(self, x: Value, head_width: int) -> Value:
-        self.keep("rotation", Value(x.rows, head_width, FLOAT))  # K/2 complex numbers a token
+    def rotate(self, x: Value, normed: bool = True) -> Value:
+        """Keeps the table of angles, which all blocks share; after a norm a kernel does both at once."""
+        if self.place.kernels and normed:
+            return x
         y = Value(x.rows, x.width, x.bytes)
         self.touch(x, y)
         return y

@@ -95,7 +95,7 @@ def test_more_of_everything_needs_more() -> None:
     assert needs("dp8,zero1") < needs("dp8")
     assert needs("tp4") < needs("tp2") < needs("dp1")
     assert needs("cp4") < needs("cp2") < needs("dp1")
-    assert needs("dp1", tokens=16384) > 1.6 * needs("dp1")
+    assert needs("dp1", tokens=16384) > 1.4 * needs("dp1")
     assert needs("dp1", recompute="full") < needs("dp1", recompute="full", every=2) < needs("dp1")
     assert needs("dp8,zero2") < needs("dp8,zero2", rows=2)  # gradients stay whole until the last row
 
@@ -111,7 +111,7 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "wan-1.3b.yaml")
 
 def test_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(
-        capsys, "--config", CONFIG, "--world", "8", "--parallel.layout=tp8,dp1,zero3", "--recompute", "full", "--json"
+        capsys, "--config", CONFIG, "--world", "8", "--parallel.layout=tp4,dp2,zero3", "--recompute", "full", "--json"
     )
     found = json.loads(out)
     assert (code, found["fits"], found["world"]) == (0, True, 8)
