@@ -21,7 +21,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megasora.build import build_recipe
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import EngineConfig, TorchNative
-from megasora.parallel.zero import local
 from megasora.microbatch import MicroBatch, training_loss
 from megasora.models.families import build_model
 from megasora.models.packing import Item, pack
@@ -29,9 +28,10 @@ from megasora.models.text import Text
 from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import AXES, Processes
 from megasora.parallel.plan import PLANS
+from megasora.parallel.zero import local
 from megasora.planner.communication import communication
 from megasora.planner.job import Job, Row
-from megasora.planner.memory import memory
+from megasora.planner.memory import memory, optimizer_bytes
 from megasora.planner.stages import Stage, stages
 from megasora.planner.watch import Watch, watching
 from megasora.schema import Config
@@ -63,7 +63,7 @@ def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
     job = alone(job)
     with fake_processes(job, rank) as group, FakeTensorMode(allow_non_fake_inputs=True):
         engine = TorchNative(
-            partial(build_model, job.model), 0, group, ParallelConfig(recompute=job.policy),
+            partial(undrawn, job.model), 0, group, ParallelConfig(recompute=job.policy),
             EngineConfig(precision=job.precision), job.optim, PLANS.get(job.model.family, []),
         )  # fmt: skip
         null = Text(torch.zeros(1, job.model.text_width), torch.zeros(job.model.pooled_width))
@@ -77,15 +77,23 @@ def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
         return compare(job, group, engine, watch, peak)
 
 
+def undrawn(config: Any) -> Any:
+    """The model, whose weights are never drawn: they have no values."""
+    model = build_model(config)
+    model.init_weights = lambda: None  # type: ignore[method-assign]
+    return model
+
+
 def compare(job: Job, group: Processes, engine: TorchNative, watch: Watch, peak: int) -> DryRun:
     stage = stages(job)[group.place["pp"]]
     expected = memory(job, stage).parts
+    weights, state = owned(job, stage, group)
     optimizer = sum(
         size_of(value) for one in engine.optimizers for state in one.state.values() for value in state.values()
     )
     compared = {
-        "weights": (float(sum(size_of(p) for p in engine.model.parameters())), owned(job, stage)),
-        "optimizer": (float(optimizer), expected["optimizer"]),
+        "weights": (float(sum(size_of(p) for p in engine.model.parameters())), weights),
+        "optimizer": (float(optimizer), state),
         "peak of what comes and goes": (
             float(peak),
             sum(expected[name] for name in ("activations", "gradients", "gathered weights", "buffers")),
@@ -109,10 +117,14 @@ def compare(job: Job, group: Processes, engine: TorchNative, watch: Watch, peak:
     return DryRun(group.rank, stage.number, compared, differences, watch)
 
 
-def owned(job: Job, stage: Stage) -> float:
-    """Bytes of the weights that are this rank's; `memory` counts FSDP's padding too."""
-    sizes = stage.sizes(job).values()
-    return 4.0 * sum(one.owned if job.layout.zero >= 2 else one.here for one in sizes)
+def owned(job: Job, stage: Stage, group: Processes) -> tuple[float, float]:
+    """Bytes of weights and of the optimizer's state on this very rank; `memory` has the first one of those that share them."""
+    ranks = ranks_of("data" if job.layout.zero == 1 else "shard", group)
+    place = ranks.index(group.rank) if job.shards > 1 else 0
+    mine = stage.parameters(job.model)
+    own = [p.owned(job.layout.tp, job.shards, place) for p in mine]
+    weights = own if job.layout.zero >= 2 else [p.here(job.layout.tp) for p in mine]
+    return 4.0 * sum(weights), float(optimizer_bytes(job, mine, own))
 
 
 Calls = dict[tuple[str, tuple[int, ...]], tuple[int, int]]  # (kind, ranks) -> calls and bytes in
@@ -140,7 +152,7 @@ def ranks_of(axis: str, group: Processes) -> tuple[int, ...]:
     if axis == "world":
         return tuple(range(group.world))
     if axis in ("ulysses", "ring"):
-        context = group.context
+        context = group.contexts[group.layout.cp]
         return tuple(dist.get_process_group_ranks(context.ulysses if axis == "ulysses" else context.ring))
     meshes = {"tp": lambda: group.mesh["tp"], "pp": lambda: group.mesh["pp"], "data": lambda: group.replicas}
     if axis in meshes:

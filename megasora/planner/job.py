@@ -99,7 +99,8 @@ class Job:
             moving=any(T > 1 for (T, _, _), _ in padded),
             apart=layout.ulysses > 1 and len(padded) > 1,
             joint=(tokens + own_text) * together,
-            tp=layout.tp, sequence=layout.sequence_parallel, ulysses=layout.ulysses, ring=layout.ring, width_bytes=self.width_bytes,
+            tp=layout.tp, sequence=layout.sequence_parallel, ulysses=layout.ulysses, ring=layout.ring,
+            width_bytes=self.width_bytes,
             cast=self.precision == "bf16" and layout.zero < 2, kernels=self.kernels,
         )  # fmt: skip
 

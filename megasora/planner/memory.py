@@ -5,11 +5,13 @@ section 3). What comes and goes is followed block by block through a backward pa
 weights and buffers are a few blocks' worth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megasora.parallel.zero import BUCKET
 from megasora.planner.blocks import block_kinds, enter, leave, run_tape
 from megasora.planner.job import Job
+from megasora.planner.parameters import Parameter
 from megasora.planner.stages import Stage, stages
 from megasora.planner.tape import FLOAT, Tape
 
@@ -48,12 +50,12 @@ class Memory:
         return sum(self.parts.values())
 
 
-def optimizer_bytes(job: Job, stage: Stage) -> int:
+def optimizer_bytes(job: Job, parameters: Sequence[Parameter], owned: Sequence[int]) -> int:
     """AdamW's two moments and a counter of steps a parameter; of the matrices of blocks under Muon, one momentum."""
-    mine = stage.sizes(job).values()
-    if job.optim.name == "muon":
-        return FLOAT * sum(2 * one.owned - one.owned_matrices + one.tensors - one.matrices for one in mine)
-    return FLOAT * sum(2 * one.owned + one.tensors for one in mine)
+    muon = job.optim.name == "muon"
+    return FLOAT * sum(
+        own if muon and p.is_hidden_matrix else 2 * own + 1 for p, own in zip(parameters, owned, strict=True)
+    )
 
 
 def tapes(job: Job, stage: Stage) -> list[Tape]:
@@ -95,7 +97,7 @@ def memory(job: Job, stage: Stage | None = None) -> Memory:
     of_block = {number: mine[number].here for number in stage.blocks}
     steady = {
         "weights": float(FLOAT * sum(one.stored for one in mine.values()) if fsdp else whole),
-        "optimizer": float(optimizer_bytes(job, stage)),
+        "optimizer": float(sum(one.muon if job.optim.name == "muon" else one.adamw for one in mine.values()) * FLOAT),
         "ema": float(own if job.optim.ema else 0),
         "batch": float(batch_bytes(job)),
     }

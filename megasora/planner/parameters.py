@@ -33,6 +33,11 @@ class Parameter:
         """The part of the model that it is of."""
         return self.name.partition(".")[0]
 
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether Muon updates it (engines/optim.py)."""
+        return self.block is not None and len(self.shape) == 2 and ".weight" in self.name
+
     def divided(self, tp: int) -> tuple[int, ...]:
         """Its shape on a rank of a tensor group."""
         if self.split is None or tp == 1:
@@ -68,17 +73,15 @@ def model_parameters(config: Any) -> tuple[Parameter, ...]:
 @dataclass(frozen=True)
 class Sizes:
     """Numbers of some parameters on one rank: whole, as FSDP stores them, and what is really its own; the first two also of what
-    tensor parallelism leaves whole, the last of the matrices of blocks, which Muon updates; and how many tensors and such
-    matrices there are."""
+    tensor parallelism leaves whole; and those that an optimizer keeps for its own."""
 
     here: int
     stored: int
     owned: int
     whole_here: int
     whole_stored: int
-    owned_matrices: int
-    matrices: int
-    tensors: int
+    adamw: int
+    muon: int
 
 
 @lru_cache(maxsize=4096)
@@ -88,8 +91,8 @@ def sizes(config: Any, tp: int, shards: int) -> dict[int | str, Sizes]:
     for p in model_parameters(config):
         here, stored, owned = p.here(tp), p.stored(tp, shards), p.owned(tp, shards)
         whole = (here, stored) if p.split is None else (0, 0)
-        matrix = p.block is not None and len(p.shape) == 2 and ".weight" in p.name
-        values = (here, stored, owned, *whole, owned * matrix, int(matrix), 1)
+        adamw = 2 * owned + 1  # two moments and a counter
+        values = (here, stored, owned, *whole, adamw, owned if p.is_hidden_matrix else adamw)
         found.setdefault(p.module if p.block is None else p.block, []).append(values)
     return {key: Sizes(*map(sum, zip(*values, strict=True))) for key, values in found.items()}
 

@@ -164,8 +164,7 @@ def refuse(plan: Plan, nearest: Plan | None, key: str = "parallel.layout") -> Co
 
 def label(job: Job) -> str:
     """A layout with what is recomputed."""
-    every = f" every {job.every}" * (job.every > 1)
-    return f"{job.layout}" + (f" recompute={job.recompute}{every}" if job.recompute != "none" else "")
+    return f"{job.layout}" + (f" parallel.recompute={job.policy}" if job.recompute != "none" else "")
 
 
 def single_sample_step(shape: tuple[int, int, int], text: int, layout: Layout, rows: int = 1) -> Step:

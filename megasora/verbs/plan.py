@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megasora.config import load_config
-from megasora.errors import ConfigError
+from megasora.errors import CheckFailed, ConfigError
 from megasora.models.families import PRESETS, parameter_count
 from megasora.observe.hardware import DEVICES
 from megasora.parallel.layout import Layout, parse_layout
+from megasora.planner.dry_run import DryRun, dry_run
 from megasora.planner.job import Job, Recompute
 from megasora.planner.mixture import Mixture, find_mixture
 from megasora.planner.plan import (
@@ -52,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-tokens", type=int, metavar="N", help="of every caption; default: the data's, or 128")
     parser.add_argument("--data", choices=("shards", "synthetic"), default="synthetic",
                         help="synthetic (default): as if all buckets were alike; shards: by the index of data.path")  # fmt: skip
-    parser.add_argument(
-        "--recompute", default="", metavar="POLICY", help="none, selective, full or full:K (every K-th block)"
-    )
     parser.add_argument("--search", action="store_true", help="all layouts of so many devices, best first")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="step one rank on fake tensors; exit 1 if it is not as planned"
+    )
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="that --dry-run is")
     parser.add_argument("--fewest", action="store_true", help="the least number of devices on which the job fits")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search lists")
     parser.add_argument(
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     device = find_device(args.gpu, config.precision.precision)
     stage = find_stage(config, args.stage)
     mixture = find_mixture(config, stage, args.text_tokens, args.data == "shards")
-    recompute, every = parse_recompute(args.recompute)
+    recompute, every = recompute_of(config)
     kernels = device.name != "cpu"
 
     def make(tried: Layout, policy: Recompute, often: int) -> tuple[Job, Sequence[Step]]:
@@ -100,6 +102,9 @@ def run(args: argparse.Namespace) -> None:
         report_search(args, candidates, mixture, config)
         return
     job, steps = make(layout, recompute, every)
+    if args.dry_run:
+        report_dry_run(args, dry_run(config, job, args.rank))
+        return
     plan = build_plan(job, steps, device)
     if not plan.fits:
         raise refuse(plan, nearest(search(make, layout.world, device, config.model), layout))
@@ -131,13 +136,15 @@ def find_stage(config: Config, name: str) -> Any:
     raise ConfigError(f"--stage={name}: the config has {', '.join(stage.name for stage in config.stages)}")
 
 
-def parse_recompute(text: str) -> tuple[Recompute, int]:
-    """`full:2` -> ("full", 2)."""
-    policy, _, every = text.partition(":")
+def recompute_of(config: Config) -> tuple[Recompute, int]:
+    """`every2` -> ("full", 2)."""
+    policy = config.parallel.recompute
+    if policy.startswith("every"):
+        return "full", int(policy.removeprefix("every"))
     for known in ("none", "selective", "full"):
-        if (policy or "none") == known and (every or "1").isdigit() and int(every or 1) > 0:
-            return known, int(every or 1)
-    raise ConfigError(f"--recompute={text}: none, selective, full or full:K")
+        if policy == known:
+            return known, 1
+    raise ConfigError(f"parallel.recompute={policy}: none, selective, full or everyK")
 
 
 def nearest(found: Sequence[Candidate], layout: Layout) -> Plan | None:
@@ -162,6 +169,19 @@ def report_search(args: argparse.Namespace, found: Sequence[Candidate], mixture:
     print(ranking_table(rows))
     print()
     print(table(answer))
+
+
+def report_dry_run(args: argparse.Namespace, found: DryRun) -> None:
+    """Raises CheckFailed where the rank did something else than the closed form says."""
+    if args.json:
+        print(json.dumps({"rank": found.rank, "stage": found.stage, "compared": found.compared,
+                          "differences": found.differences}))  # fmt: skip
+    else:
+        print(f"{'rank ' + str(found.rank):<60} {'found, MB':>16} {'closed form':>16}")
+        for name, (ours, closed) in found.compared.items():
+            print(f"{name:<60} {ours / 1e6:16,.3f} {closed / 1e6:16,.3f}")
+    if found.differences:
+        raise CheckFailed(f"--dry-run: {'; '.join(found.differences)}")
 
 
 def show(args: argparse.Namespace, answer: dict[str, Any]) -> None:

@@ -59,14 +59,14 @@ def bytes_kept(family: str, precision: str, samples: int) -> dict[int, int]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["video_dit", "chunks", "mmdit", "stdit", "dit"])
 def test_what_a_block_keeps(family: str, precision: Any, samples: int) -> None:
-    """Within 2 %: tables of modulation, a few numbers a run, are left out."""
+    """Within 3 %: tables of modulation, a few numbers a run, are left out."""
     config = config_of(family).model
     text = TEXT if config.text_width else 0
     row = Row(((SHAPE, text),) * samples, 72 * samples)
     job = Job(model=config, layout=parse_layout("dp1"), row=row, rows=1, precision=precision, kernels=False)
     kinds = [tape for block, count in block_kinds(config) for tape in [run_tape(block, config, job.place())] * count]
     for number, size in bytes_kept(family, precision, samples).items():
-        assert kinds[number].saved + kinds[number].cast_weights == pytest.approx(size, rel=0.02), number
+        assert kinds[number].saved + kinds[number].cast_weights == pytest.approx(size, rel=0.03), number
 
 
 def test_parameters_are_the_models_own() -> None:
@@ -111,7 +111,14 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "wan-1.3b.yaml")
 
 def test_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(
-        capsys, "--config", CONFIG, "--world", "8", "--parallel.layout=tp4,dp2,zero3", "--recompute", "full", "--json"
+        capsys,
+        "--config",
+        CONFIG,
+        "--world",
+        "8",
+        "--parallel.layout=tp4,dp2,zero3",
+        "--parallel.recompute=full",
+        "--json",
     )
     found = json.loads(out)
     assert (code, found["fits"], found["world"]) == (0, True, 8)
@@ -124,8 +131,8 @@ def test_command_refuses_with_what_fits(capsys: pytest.CaptureFixture[str]) -> N
     code, out, err = plan(capsys, "--config", CONFIG, "--world", "8", "--parallel.layout=dp8,zero0")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "parallel.layout=dp8" in err
-    layout, _, recompute = err.strip().rpartition("nearest that fits is ")[2].partition(" recompute=")
-    again = ["--recompute", recompute.replace(" every ", ":")] if recompute else []
+    layout, _, recompute = err.strip().rpartition("nearest that fits is ")[2].partition(" parallel.recompute=")
+    again = [f"--parallel.recompute={recompute}"] if recompute else []
     code, _, err = plan(capsys, "--config", CONFIG, "--world", "8", f"--parallel.layout={layout}", *again)
     assert code == 0, err
 
@@ -136,10 +143,20 @@ def test_command_refuses_with_what_fits(capsys: pytest.CaptureFixture[str]) -> N
         ["--world", "0"],
         ["--gpu", "h101"],
         ["--stage", "nope"],
-        ["--recompute", "some"],
+        ["--parallel.recompute=some"],
         ["--world", "3", "--parallel.layout=dp2"],
     ],
 )
 def test_command_refuses_nonsense_in_a_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = plan(capsys, "--config", CONFIG, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_dry_run_agrees_and_sees_a_missing_collective(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    small = ["--model.preset=MegaSora-10M", "--model.depth=2", "--text-tokens=16", "--dry-run", "--json"]
+    arguments = ["--config", CONFIG, *small, "--world", "64", "--parallel.layout=dp16,cp2x2,zero3", "--rank", "37"]
+    code, out, err = plan(capsys, *arguments)
+    assert (code, json.loads(out)["differences"]) == (0, []), err
+    monkeypatch.setattr("megasora.planner.dry_run.communication", lambda *_: [])
+    code, _, err = plan(capsys, *arguments)
+    assert (code, "all_to_all over ranks" in err) == (1, True)
