@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -63,7 +63,7 @@ def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
     job = alone(job)
     with fake_processes(job, rank) as group, FakeTensorMode(allow_non_fake_inputs=True):
         engine = TorchNative(
-            partial(undrawn, job.model), 0, group, ParallelConfig(recompute=job.policy),
+            partial(undrawn, job), 0, group, ParallelConfig(recompute=job.policy),
             EngineConfig(precision=job.precision), job.optim, PLANS.get(job.model.family, []),
         )  # fmt: skip
         null = Text(torch.zeros(1, job.model.text_width), torch.zeros(job.model.pooled_width))
@@ -77,10 +77,20 @@ def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
         return compare(job, group, engine, watch, peak)
 
 
-def undrawn(config: Any) -> Any:
-    """The model, whose weights are never drawn: they have no values."""
-    model = build_model(config)
+def undrawn(job: Job) -> Any:
+    """The model, whose weights are never drawn: they have no values. Off the meta device each fake parameter is made anew, for
+    torch would swap the old ones, which fake tensors refuse; FSDP's are not fake themselves, and it knows them by identity."""
+    model = build_model(job.model)
     model.init_weights = lambda: None  # type: ignore[method-assign]
+    if job.layout.zero < 2:
+        model.to_empty = partial(made_anew, model)  # type: ignore[method-assign, assignment]
+    return model
+
+
+def made_anew(model: nn.Module, device: torch.device) -> nn.Module:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
     return model
 
 
