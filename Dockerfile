@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # MegaSora on NVIDIA's PyTorch image. Linted, but never built so far: there was no Docker daemon where it was written.
-#   docker build -t megasora [--build-arg BASE=...] [--build-arg APEX_REF=25.09] [--build-arg FA3_REF=COMMIT] .
+#   docker build -t megasora [--build-arg BASE=...] [--build-arg APEX_REF=25.09] [--build-arg FA3_REF=COMMIT] \
+#       [--build-arg TE_REF=v2.20] .
 # BASE needs torch 2.13 or newer, its own pre-release builds included; the first step below checks that.
 ARG BASE=nvcr.io/nvidia/pytorch:26.07-py3
 
@@ -9,6 +10,8 @@ FROM ${BASE} AS wheels
 # Empty: not built. NVIDIA's apex comes from NVIDIA's repository only: the PyPI package of that name is another project.
 ARG APEX_REF=""
 ARG FA3_REF=""
+# Empty: the base's own Transformer Engine, if it is new enough, else the released package.
+ARG TE_REF=""
 ARG MAX_JOBS=8
 ENV TORCH_CUDA_ARCH_LIST=9.0 FLASH_ATTN_CUDA_ARCHS=90 NVTE_CUDA_ARCHS=90
 WORKDIR /wheels
@@ -20,6 +23,9 @@ RUN if [ -n "${APEX_REF}" ]; then APEX_CPP_EXT=1 APEX_CUDA_EXT=1 \
 RUN if [ -n "${FA3_REF}" ]; then FLASH_ATTENTION_DISABLE_SM80=TRUE \
     pip wheel --no-cache-dir --no-deps --no-build-isolation \
     "git+https://github.com/Dao-AILab/flash-attention@${FA3_REF}#subdirectory=hopper"; fi
+# hadolint ignore=DL3059
+RUN if [ -n "${TE_REF}" ]; then NVTE_FRAMEWORK=pytorch \
+    pip wheel --no-cache-dir --no-deps --no-build-isolation "git+https://github.com/NVIDIA/TransformerEngine@${TE_REF}"; fi
 
 FROM ${BASE}
 ARG REVISION=unknown

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -22,13 +23,21 @@ class Lost(Exception):
 class Claims:
     """The claims in a directory, which may come to be and go at any time.
 
-    `seconds`: after so long without a touch a claim is stale. That of a process of this machine that is gone is stale at once.
+    `seconds`: after so long without a touch a claim is stale. That of a process of this machine that is gone is stale at once,
+    and so is one of which `supersedes(its facts, ours)` says so; `facts` are more to write into a claim.
     """
 
-    def __init__(self, directory: Path, seconds: float) -> None:
-        self.directory, self.seconds = directory, seconds
+    def __init__(
+        self,
+        directory: Path,
+        seconds: float,
+        facts: dict[str, Any] | None = None,
+        supersedes: Callable[[dict[str, Any], dict[str, Any]], bool] | None = None,
+    ) -> None:
+        self.directory, self.seconds, self.supersedes = directory, seconds, supersedes
         self.token = secrets.token_hex(8)
-        self._me = {"machine": this_machine(), "pid": os.getpid(), "born": birth(os.getpid()), "token": self.token}
+        me = {"machine": this_machine(), "pid": os.getpid(), "born": birth(os.getpid()), "token": self.token}
+        self._me: dict[str, Any] = (facts or {}) | me
 
     def take(self, work: str) -> "Claim | None":
         """The claim on a piece of work, to be used in a `with`; None while another worker has it, or was faster."""
@@ -68,6 +77,8 @@ class Claims:
     def _is_stale(self, claim: Path) -> bool:
         owner = self.owner(claim)
         if owner.get("machine") == self._me["machine"] and birth(owner["pid"]) != owner["born"]:
+            return True
+        if self.supersedes is not None and self.supersedes(owner, self._me):
             return True
         try:
             touched = modified(claim)

@@ -11,6 +11,7 @@
 : "${NCCL_NVLS_ENABLE:=1}"             # reductions in the NVSwitch; 0 saves about 1 GB per GPU
 
 # torch.distributed. A collective that hangs is written down (flight recorder) before the watchdog ends the process.
+: "${TORCH_FR_BUFFER_SIZE:=2000}"        # collectives that each rank remembers; the launcher's watchdog reads them, too
 : "${TORCH_NCCL_DUMP_ON_TIMEOUT:=1}"    # TORCH_FR_DUMP_TEMP_FILE says where to
 
 # Memory: buckets of many shapes fragment fixed segments.
@@ -29,5 +30,5 @@
 : "${HF_HOME:=$MEGASORA_CACHE/huggingface}"
 
 export NCCL_DEBUG NCCL_IB_HCA NCCL_SOCKET_IFNAME NCCL_IB_TIMEOUT NCCL_IB_RETRY_CNT NCCL_NVLS_ENABLE
-export TORCH_NCCL_DUMP_ON_TIMEOUT PYTORCH_CUDA_ALLOC_CONF OPENBLAS_NUM_THREADS TOKENIZERS_PARALLELISM
+export TORCH_FR_BUFFER_SIZE TORCH_NCCL_DUMP_ON_TIMEOUT PYTORCH_CUDA_ALLOC_CONF OPENBLAS_NUM_THREADS TOKENIZERS_PARALLELISM
 export MEGASORA_CACHE TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR MPLCONFIGDIR HF_HOME

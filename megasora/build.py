@@ -98,14 +98,14 @@ def open_run_directory(config: Config, group: Processes) -> Path:
     return run
 
 
-def build_engine(config: Config, group: Processes) -> Engine:
-    """The model on the layout of the group, its weights drawn from the run's seed."""
+def build_engine(config: Config, group: Processes, blank: bool = False) -> Engine:
+    """The model on the layout of the group, its weights drawn from the run's seed; `blank`: left for a checkpoint to fill."""
     if config.run.determinism == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products on a GPU
         torch.use_deterministic_algorithms(True)
     build = partial(build_model, config.model)
     plan = PLANS.get(config.model.family, [])
-    seed = fold(config.run.seed, "weights")
+    seed = None if blank else fold(config.run.seed, "weights")
     return TorchNative(build, seed, group, config.parallel, config.precision, config.optim, plan)
 
 

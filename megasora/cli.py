@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import importlib
+import json
+import logging
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,8 +27,11 @@ VERBS: dict[str, str] = {
     "bench": "measure the training step: a table and JSON",
     "parity": "check that layouts compute what one process computes",
     "plan": "list the presets and their parameters",
-    "ckpt": "list and verify checkpoints",
-    "launch": "start a verb on several processes, keeping its exit code",
+    "replay": "one step of a run again, sample by sample",
+    "ckpt": "list, verify, convert, export, compare and average checkpoints",
+    "doctor": "is this node, and are the links between nodes, fit for a job?",
+    "goodput": "where the wall time of a run went",
+    "launch": "start a verb on several processes, here or under SLURM, keeping its exit code",
 }
 
 
@@ -59,7 +66,21 @@ def main(argv: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        _leave_word(error)
+        raise
     return 0
+
+
+def _leave_word(error: Exception) -> None:
+    """The error that a worker dies of, for its launcher (in torchrun's format) and in the log of its rank."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}}))
+    record = logging.makeLogRecord({"levelname": "ERROR", "msg": "".join(traceback.format_exception(error)).rstrip()})
+    for handler in logging.getLogger("megasora").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def run_verb(argv: list[str]) -> None:

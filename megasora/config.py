@@ -33,6 +33,11 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
         _set(raw, key, _parse(value))
     _expand_preset(raw)
     _expand_vae_preset(raw)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """From what `to_dict` gives, such as the facts of a checkpoint hold. Raises ConfigError."""
     check_keys(raw, Config, "")
     try:
         return pydantic.TypeAdapter(Config).validate_python(raw)

@@ -29,6 +29,14 @@ class CheckpointError(MegasoraError):
     exit_code = 4
 
 
+class StorageFull(CheckpointError):
+    """Nothing can be written: the disk is full, a quota used up, or the file system read-only. Somebody has to act first."""
+
+
+class Superseded(CheckpointError):
+    """Another job has taken over this run: this one ends without another word."""
+
+
 class StoppedEarly(MegasoraError):
     """Stopped by a signal with a good checkpoint behind it: running the same command again continues (EX_TEMPFAIL)."""
 

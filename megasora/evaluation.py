@@ -38,6 +38,8 @@ def evaluation_loss(
         if held_out.facts.manifest != data.facts.manifest:
             raise ConfigError(f"eval.path={config.eval.path}: made by other encoders than data.path={config.data.path}")
         data = held_out
+    # The ranks that share rows see the same ones here, also where training gives each of them its own.
+    group = replace(group, layout=replace(group.layout, dynamic=False))
     ranks = group.layout.dp
     samples = -(-config.eval.samples // ranks) * ranks
     local = replace(config, data=replace(config.data, global_batch=samples))

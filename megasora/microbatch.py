@@ -86,7 +86,7 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
             t = timesteps.to(recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)  # [T, 1, 1]
             kept = given.to(recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)
             noisy = torch.where(kept, clean, recipe.objective.corrupt(clean, blur, t))
-        dropped = torch.rand((), generator=generator("caption", *name)).item() < recipe.drop_captions
+        dropped = drops_caption(recipe, name)
         text = recipe.null if dropped else Text(tokens, pooled)
         items.append(
             Item(
@@ -112,6 +112,11 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
         weight = F.pad(torch.cat(weights), (0, padding))
     whole, blur = (F.pad(torch.cat(parts), (0, 0, 0, padding)) for parts in (data, noise))
     return MicroBatch(row, whole, blur, weight)
+
+
+def drops_caption(recipe: Recipe, name: tuple[int, int, int]) -> bool:
+    """Whether a sample is trained on the empty caption, or without its class."""
+    return torch.rand((), generator=generator("caption", *name)).item() < recipe.drop_captions
 
 
 def draw_frames(

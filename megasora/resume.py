@@ -2,17 +2,18 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
 from megasora.checkpoint.directory import list_checkpoints
 from megasora.checkpoint.load import load, read_facts, resume_path
-from megasora.checkpoint.manifest import MANIFEST, Problem, write_file
+from megasora.checkpoint.manifest import MANIFEST, Place, Problem, place_of, write_file
 from megasora.config import flatten, to_dict
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckpointError, ConfigError
+from megasora.init_from import init_from, is_source
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, read_lines
 from megasora.schema import Config
@@ -34,10 +35,11 @@ class Start:
     """The step that a run starts from (0: anew) and the replacements that earlier attempts agreed on."""
 
     step: int
-    source: Path | None
-    rejected: dict[Path, list[Problem]]  # newer checkpoints that were passed over
+    source: Place | None
+    rejected: dict[Place, list[Problem]]  # newer checkpoints that were passed over
     obey: dict[int, dict[int, str]]  # segment -> position -> key
-    breaks: tuple[int, ...]  # steps at which the data was changed on purpose
+    breaks: tuple[int, ...] = ()  # steps at which the data was changed on purpose
+    recent: list[list[float]] = field(default_factory=list)  # losses and gradient norms: what a spike is measured by
 
 
 def find_start(config: Config, data: TrainingData) -> Start:
@@ -49,21 +51,24 @@ def find_start(config: Config, data: TrainingData) -> Start:
     root = run / "checkpoints"
     if config.run.resume == "none" and list_checkpoints(root):
         raise ConfigError(f"run.resume=none: {run} has checkpoints; give another run.dir, or run.resume=auto to go on")
-    for key, path in (("run.resume", config.run.resume), ("run.init_from", config.run.init_from)):
-        if path not in ("", "auto", "none") and not (Path(path) / MANIFEST).exists():
-            raise CheckpointError(
-                f"{key}={path}: no checkpoint here; name a step directory, RUN/checkpoints/step-XXXXXXXX"
-            )
-    resume = resume_path(root, config.run.resume)
+    if config.run.resume not in ("auto", "none") and not (place_of(config.run.resume) / MANIFEST).exists():
+        raise CheckpointError(
+            f"run.resume={config.run.resume}: no checkpoint here; name a step directory, RUN/checkpoints/step-XXXXXXXX"
+        )
+    if config.run.init_from and not is_source(place_of(config.run.init_from)):
+        raise CheckpointError(
+            f"run.init_from={config.run.init_from}: no checkpoint here; name a step directory or one of diffusers"
+        )
+    resume = resume_path(root, config.run.resume, config.checkpoint.durable)
     obey = logged_replacements(run)
     if resume.path is None:
-        return Start(0, None, resume.rejected, obey, ())
+        return Start(0, None, resume.rejected, obey)
     facts = read_facts(resume.path)
     step, breaks = int(facts["step"]), tuple(facts["breaks"])
     if check_same_run(facts, config, data, resume.path):
         log.info("other data than before: a new segment begins after step %d", step)
         breaks = (*(b for b in breaks if b < step), step)
-    return Start(step, resume.path, resume.rejected, obey, breaks)
+    return Start(step, resume.path, resume.rejected, obey, breaks, facts.get("recent", []))
 
 
 def load_start(start: Start, config: Config, engine: Engine) -> None:
@@ -72,24 +77,14 @@ def load_start(start: Start, config: Config, engine: Engine) -> None:
         log.warning("passing over %s: %s: %s", path, problems[0].file, problems[0].reason)
     if start.source is not None:
         engine.materialise_optimizer()
-        load(start.source, engine.tensors())
+        load(start.source, engine.tensors(), verified=True)
         engine.loaded()
     elif config.run.init_from:
-        load_weights(Path(config.run.init_from), engine)
+        init_from(place_of(config.run.init_from), config, engine, Path(config.run.dir))
         engine.loaded()
 
 
-def load_weights(path: Path, engine: Engine) -> None:
-    """Only the weights: the averaged ones of a checkpoint, into the model and into its average."""
-    ema = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("ema/")}
-    model = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("model/")}
-    load(path, model, prefix="model/")
-    if ema:
-        load(path, ema, prefix="ema/")
-    log.info("weights from %s", path)
-
-
-def check_same_run(facts: dict[str, Any], config: Config, data: TrainingData, path: Path) -> bool:
+def check_same_run(facts: dict[str, Any], config: Config, data: TrainingData, path: Place) -> bool:
     """Compares a checkpoint's config and data with this run's, apart from what is free or allowed by run.allow_change or,
     as far as the data goes, by data.segments=open. Whether the order of the data is another one."""
     allowed = (*FREE, *config.run.allow_change)

@@ -22,6 +22,7 @@ from megasora.engines.torch_native import EngineConfig
 from megasora.models.families import CLASSIFIERS, AnyModelConfig
 from megasora.models.vae import VAEConfig
 from megasora.models.video_dit import VideoDiTConfig
+from megasora.observe.spikes import SpikeConfig
 from megasora.parallel.layout import ParallelConfig
 from megasora.vae_training import TrainVAEConfig
 
@@ -36,7 +37,12 @@ class RunConfig:
         None  # stop after so many steps (default: the stages' own); the last stage goes on if they are fewer
     )
     resume: str = "auto"  # auto: the newest good checkpoint; none: refuse a directory with checkpoints; or a PATH
-    init_from: str = ""  # a checkpoint whose weights alone are taken, when there is none to resume from
+    init_from: str = (
+        ""  # a checkpoint or a diffusers directory whose weights are taken, when there is none to resume from
+    )
+    init_rules: dict[str, Literal["repeat", "inflate", "zero", "new"]] = field(
+        default_factory=dict
+    )  # name or pattern -> how a weight of it that does not fit is made to
     allow_change: tuple[str, ...] = ()  # keys that may differ from the checkpoint's config, `data` for the data itself
     determinism: Literal["replay", "bitwise"] = "replay"
 
@@ -226,6 +232,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)

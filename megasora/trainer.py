@@ -16,31 +16,40 @@ from data_pipelines.buckets import buckets_of
 from data_pipelines.errors import DataError
 from data_pipelines.loader import Replacement, StepBatch
 from megasora.build import build_engine, build_recipe, check_fit, open_run_directory
-from megasora.checkpoint.save import prune, save
+from megasora.checkpoint.directory import latest
+from megasora.checkpoint.fence import take_fence
+from megasora.checkpoint.load import load, resume_path
+from megasora.checkpoint.ranks import Ranks
+from megasora.checkpoint.saver import Saver
+from megasora.cluster.heartbeat import Heartbeat, heartbeat
+from megasora.cluster.origin import origin
 from megasora.cluster.signals import StopRequest, stop_on_signal
+from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
 from megasora.engines.optim import learning_rate
-from megasora.errors import StoppedEarly
+from megasora.errors import CheckpointError, StoppedEarly, StorageFull, Superseded
 from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
 from megasora.microbatch import Recipe, build_rows, training_loss
 from megasora.models.families import parameter_count
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
-from megasora.parallel.mesh import Processes, processes
+from megasora.observe.spikes import SpikeWatch
+from megasora.parallel.mesh import Processes, processes, rank
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
 from megasora.segments import Segment, segments_of
 from megasora.training_data import build_loader, check_current, open_data
 
-MAX_SKIPPED = 20  # steps in a row, before a run that learns nothing is ended
+SAVE_MARGIN = 1.5  # a save may take so many times as long as the last one
+MAX_SKIPPED = 20  # steps in a row without an update, before a run that learns nothing is ended
 
 
 def train(config: Config) -> None:
     """Trains as `config` says, in this process and its peers. Raises StoppedEarly when a signal ended it with a checkpoint."""
-    with processes(config.parallel.layout) as group, stop_on_signal() as stop:
-        trainer = Trainer(config, group, stop)
+    with processes(config.parallel.layout) as group, stop_on_signal() as stop, heartbeat(rank()) as beat:
+        trainer = Trainer(config, group, stop, beat)
         try:
             trainer.run()
         finally:
@@ -50,15 +59,24 @@ def train(config: Config) -> None:
 class Trainer:
     """One run on one process. `step` counts the updates done, over all stages; a stage is a segment of the data's order."""
 
-    def __init__(self, config: Config, group: Processes, stop: StopRequest) -> None:
-        self.config, self.group, self.stop = config, group, stop
+    def __init__(self, config: Config, group: Processes, stop: StopRequest, beat: Heartbeat) -> None:
+        self.config, self.group, self.stop, self.beat = config, group, stop, beat
         self.data = open_data(config, group.device)
         check_fit(config, group, self.data.facts)
         check_current(config)
         start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
-        self.engine = build_engine(config, group)
+        beat.keep_stacks(self.run_dir / "logs" / f"rank-{group.rank:05d}.stacks")
+        self.fence = Ranks().every(
+            "", lambda: take_fence(self.run_dir, config.checkpoint.fence) if group.is_main else None
+        )
+        self.engine = build_engine(config, group, blank=start.source is not None)
         load_start(start, config, self.engine)
+        self.saver = Saver(
+            self.run_dir / "checkpoints", config.checkpoint, self.fence.check if self.fence else None, group.device
+        )
+        self.unsaved: CheckpointError | None = None  # why the last save failed, if it did
+        self.watch = SpikeWatch(config.spikes, start.recent)
         self.step, self.obey, self.breaks = start.step, start.obey, start.breaks
         self.segments = segments_of(config, self.breaks)
         self.last = self.segments[-1].end
@@ -67,10 +85,12 @@ class Trainer:
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
             save_digests(self.run_dir, self.data)
         self.peak_flops = device_peak(group.device, config.precision.precision)
+        self.own_times, self.own_wait, self.forward_s = StepTimes(group.world), 0.0, 0.0
         self.bad_samples = self.skipped = 0
+        self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
-                   fingerprint=self.data.fingerprint, torch=torch.__version__)  # fmt: skip
+                   fingerprint=self.data.fingerprint, torch=torch.__version__, **origin())  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
                  self.step, f"{parameter_count(config.model):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip
@@ -81,6 +101,8 @@ class Trainer:
                 self.run_segment(segment)
         if self.step > self.last:
             log.info("nothing to do: %d steps are done, run.steps=%d", self.step, self.last)
+        if self.unsaved:
+            raise CheckpointError(f"the end of the run is not saved: {self.unsaved}")
         log.info("done: %d steps; everything lies in %s", self.step, self.run_dir)
 
     def run_segment(self, segment: Segment) -> None:
@@ -98,22 +120,30 @@ class Trainer:
         batches = loader.batches(self.step - segment.first)
         while self.step < segment.end:
             begin = time.perf_counter()
+            self.beat.enter(self.step + 1, "data")
             batch, stopping = self.next_batch(batches, segment.number)
             data_wait = time.perf_counter() - begin
 
             done = self.step - segment.stage_first
+            self.beat.enter(self.step + 1, "train", " ".join(batch.buckets))
             lr = learning_rate(self.config.optim, stage.lr or self.config.optim.lr, done, stage.steps)
             loss, grad_norm = self.train_step(batch, recipe, lr)
             self.step += 1
             self.record(stage, batch, loss, grad_norm, lr, time.perf_counter() - begin, data_wait)
+            for slow in self.own_times.add(self.own_wait, self.forward_s):
+                self.event("slow_rank", step=self.step, **vars(slow))
+                log.warning("slow: %s", slow)
 
-            if self.step % self.config.checkpoint.every == 0 or self.step == self.last or stopping:
-                self.save(segment)
+            if stopping and self.too_late():
+                raise StoppedEarly(f"{self.stop.signal}: stopped after step {self.step}, with no time left to save it")
+            score = self.evaluate(stage) if self.due(self.config.eval.loss_every) else None
+            final = self.step == self.last or stopping
+            if self.saver.due(self.step) or final:
+                self.save(segment, score)
+            if final and self.saver.step is not None:
+                self.finish_save()
             if stopping and self.step < self.last:
-                why = self.stop.signal or "a signal to another process"
-                raise StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command goes on from there")
-            if self.due(self.config.eval.loss_every):
-                self.evaluate(stage)
+                raise self.stopped_early()
             if self.due(self.config.eval.every):
                 self.show()
         batches.close()
@@ -121,9 +151,15 @@ class Trainer:
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
         rows = build_rows(batch, recipe)
-        loss = self.engine.forward_backward(rows, training_loss(recipe)).item()
+        judge = FirstCall(training_loss(recipe), self.group.device)
+        loss = self.engine.forward_backward(rows, judge).item()
         grad_norm = self.engine.clip().item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        spike = self.watch.judge(loss, grad_norm) if finite else ""
+        if spike:
+            self.event("spike", step=self.step + 1, why=spike, policy=self.config.spikes.policy, samples=batch.keys)
+            log.warning("step %d is a spike: %s", self.step + 1, spike)
+        if finite and not (spike and self.config.spikes.policy != "record"):
             self.engine.update(lr)
             self.skipped = 0
         else:  # never reaches the weights
@@ -135,20 +171,41 @@ class Trainer:
                 raise DataError(
                     f"{self.config.data.path}: {MAX_SKIPPED} steps in a row without a finite loss; see {EVENTS}"
                 )
+            if spike and self.config.spikes.policy == "rollback":
+                self.roll_back()
         synchronize(self.group.device)
+        self.forward_s = judge.seconds() if self.group.layout.pp == 1 else 0.0  # stages wait for each other
         return loss, grad_norm
+
+    def roll_back(self) -> None:
+        """Weights and optimizer of the newest good checkpoint; the order of the data goes on where it is."""
+        if self.saver.step is not None:
+            self.finish_save()
+        path = resume_path(self.run_dir / "checkpoints", "auto", self.config.checkpoint.durable).path
+        if path is None:
+            log.warning("no checkpoint to roll back to: the step is skipped")
+            return
+        facts = load(path, self.engine.tensors(), verified=True)
+        self.engine.loaded()
+        self.watch = SpikeWatch(self.config.spikes, facts.get("recent", []))
+        self.event("rollback", step=self.step + 1, to=facts["step"], path=str(path))
+        log.warning("rolled back to the weights of step %d", facts["step"])
 
     def next_batch(self, batches: Iterator[StepBatch], segment: int) -> tuple[StepBatch, bool]:
         """The next batch and whether to stop after it: both agreed by all ranks, replaced samples logged before use."""
-        failure, batch = "", None
+        failure, batch, begin = "", None, time.perf_counter()
         try:
             batch = next(batches)
         except DataError as error:
             failure = str(error)
         replaced: list[Replacement] = batch.replacements if batch else []
-        flags = torch.tensor([bool(self.stop), bool(failure), len(replaced)], device=self.group.device)
+        self.own_wait = time.perf_counter() - begin
+        self.beat.enter(self.step + 1, "agree", " ".join(batch.buckets) if batch else "")
+        flags = torch.tensor([bool(self.stop), bool(failure), len(replaced), self.saver.done], device=self.group.device)
         dist.all_reduce(flags)
-        stopping, failed, bad = flags.tolist()
+        stopping, failed, bad, saved = flags.tolist()
+        if saved == self.group.world:
+            self.finish_save()
         if failed or bad:
             everyone: list[Any] = [None] * self.group.world
             dist.all_gather_object(everyone, (failure, replaced))
@@ -187,56 +244,120 @@ class Trainer:
             seconds_left = (self.last - self.step) * sum(self.step_times) / len(self.step_times)
             log.info("%s", console_line(metrics, self.last, seconds_left))
 
-    def save(self, segment: Segment) -> None:
-        """A checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
-        begin = time.perf_counter()
+    def save(self, segment: Segment, score: float | None) -> None:
+        """Begins a checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
+        self.beat.enter(self.step, "save")
+        if self.saver.step is not None:
+            self.finish_save()
+        if self.saver.step is not None:  # it hangs
+            return
         facts = {
             "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first,
             "breaks": list(self.breaks), "config": to_dict(self.config), "fingerprint": self.data.fingerprint,
-            "layout": str(self.group.layout), "world": self.group.world,
+            "layout": str(self.group.layout), "world": self.group.world, "recent": list(self.watch.recent), "score": score,
         }  # fmt: skip
-        root = self.run_dir / "checkpoints"
-        path = save(root, self.step, self.engine.tensors(), facts)
-        prune(root, self.config.checkpoint)
-        seconds = time.perf_counter() - begin
-        self.event("save", step=self.step, path=str(path), seconds=round(seconds, 3))
-        log.info("saved %s in %.1f s", path, seconds)
+        try:
+            self.saver.start(self.step, self.engine.tensors(), facts)
+        except CheckpointError as error:
+            self.not_saved(error)
+        if not self.config.checkpoint.background and self.saver.step is not None:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Waits for the save in flight. A failure is no reason to stop: the last good checkpoint is still there."""
+        step = self.saver.step
+        try:
+            saved = self.saver.finish()
+        except Superseded:
+            raise
+        except CheckpointError as error:
+            self.not_saved(error)
+            return
+        if saved is None:
+            timeout = self.config.checkpoint.timeout
+            self.not_saved(
+                CheckpointError(f"the save of step {step} hangs for more than {timeout:.0f} s; look at the storage")
+            )
+            return
+        self.unsaved, self.save_seconds = None, saved.seconds
+        if saved.durable_failure:
+            self.event("copy_failed", step=saved.step, reason=saved.durable_failure)
+            log.warning("saved, but not copied to the durable store: %s", saved.durable_failure)
+        self.event("save", step=saved.step, path=str(saved.path), seconds=round(saved.seconds, 3),
+                   blocked_s=round(saved.blocked, 3), durable=str(saved.durable or ""))  # fmt: skip
+        log.info("saved %s in %.1f s, of which training waited %.1f s", saved.path, saved.seconds, saved.blocked)
+
+    def not_saved(self, error: CheckpointError) -> None:
+        self.unsaved = error
+        self.event("save_failed", step=self.step, reason=str(error))
+        log.warning("not saved, training goes on: %s", error)
+
+    def stopped_early(self) -> Exception:
+        """What to end with after a signal: 75 where there is a checkpoint and running the command again helps."""
+        why = self.stop.signal or "a signal to another process"
+        if not self.unsaved:
+            return StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command goes on from there")
+        good = Ranks().first("", lambda: latest(self.run_dir / "checkpoints"))
+        if good is None or isinstance(self.unsaved, StorageFull):
+            return CheckpointError(f"{why}: stopped after step {self.step}, which is not saved: {self.unsaved}")
+        return StoppedEarly(f"{why}: stopped, step {self.step} not saved ({self.unsaved}); going on from {good}")
+
+    def too_late(self) -> bool:
+        """Whether a save, judged by the last one, would outlast what a scheduler's warning leaves of the job. All ranks agree."""
+        late = torch.tensor(float(self.stop.seconds_left < SAVE_MARGIN * self.save_seconds), device=self.group.device)
+        dist.all_reduce(late, op=dist.ReduceOp.MAX)
+        return bool(late.item())
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and after the last, is due now."""
         return bool(every) and (self.step % every == 0 or self.step == self.last)
 
-    def evaluate(self, stage: Stage) -> None:
-        """The loss of fixed samples at fixed timesteps."""
+    def evaluate(self, stage: Stage) -> float:
+        """The loss of fixed samples at fixed timesteps, their mean."""
+        begin = time.perf_counter()
+        self.beat.enter(self.step, "evaluate")
         losses = evaluation_loss(self.config, self.group, self.engine, self.data, stage)
-        self.event("eval", step=self.step, **losses)
+        self.event("eval", step=self.step, seconds=round(time.perf_counter() - begin, 3), **losses)
         if self.journal:
             self.journal.evaluation(losses, self.step)
         log.info(
             "eval after step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         )
+        return losses["loss"]
 
     def show(self) -> None:
         """Videos of the averaged weights for fixed prompts: all ranks compute, the main one writes."""
+        begin = time.perf_counter()
+        self.beat.enter(self.step, "show")
         videos = evaluation_videos(self.config, self.group, self.engine)
         if self.journal and videos:
-            directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
-            previews = []
-            for i, (caption, video) in enumerate(videos):
-                previews.append(write_video([video], self.config.sample, directory / f"{i:02d}.mp4"))
-                self.journal.video(f"samples/{i:02d}", video, fps, self.step)
-                self.journal.text(f"samples/{i:02d}", caption, self.step)
-            write_sheet(previews, [caption for caption, _ in videos], directory)
+            try:
+                self.write_samples(self.journal, videos)
+            except OSError as error:
+                log.warning("samples cannot be written now: %s", error)
             scores = score_videos(self.config.eval, videos)
             if scores:
                 self.event("scores", step=self.step, **scores)
                 self.journal.evaluation(scores, self.step)
-            log.info("samples in %s", directory)
+            self.event("show", step=self.step, seconds=round(time.perf_counter() - begin, 3))
+
+    def write_samples(self, journal: Journal, videos: list[tuple[str, Any]]) -> None:
+        directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
+        previews = []
+        for i, (caption, video) in enumerate(videos):
+            previews.append(write_video([video], self.config.sample, directory / f"{i:02d}.mp4"))
+            journal.video(f"samples/{i:02d}", video, fps, self.step)
+            journal.text(f"samples/{i:02d}", caption, self.step)
+        write_sheet(previews, [caption for caption, _ in videos], directory)
+        log.info("samples in %s", directory)
 
     def event(self, kind: str, **facts: Any) -> None:
         if self.journal:
             self.journal.event(kind, **facts)
 
     def close(self) -> None:
+        self.saver.close()
+        if self.fence:
+            self.fence.release()
         if self.journal:
             self.journal.close()

@@ -4,7 +4,6 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megasora.checkpoint import manifest
 from megasora.checkpoint.directory import newest_first
-from megasora.checkpoint.manifest import FACTS, Problem, damage, read_checked
+from megasora.checkpoint.manifest import FACTS, Place, Problem, damage, place_of, read_checked, reason
 from megasora.checkpoint.metadata import CheckedReader, SavedTensor, read_metadata, saved_tensors
 from megasora.checkpoint.ranks import Ranks, failure_of_dcp
 from megasora.errors import CheckpointError
@@ -24,12 +23,16 @@ from megasora.errors import CheckpointError
 class Resume:
     """Where to resume from (None: start anew), and the newer checkpoints that were passed over, with what is wrong."""
 
-    path: Path | None
-    rejected: dict[Path, list[Problem]]
+    path: Place | None
+    rejected: dict[Place, list[Problem]]
 
 
-def load(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str | tuple[str, ...] = "") -> dict[str, Any]:
+def load(
+    path: Place, tensors: Mapping[str, torch.Tensor], prefix: str | tuple[str, ...] = "", verified: bool = False
+) -> dict[str, Any]:
     """Fills `tensors` in place from the checkpoint at `path` and returns its facts. All ranks call it.
+
+    Every file is compared with its checksum first, unless the caller has just had them `verified` by `resume_path`.
 
     The tensors may be sharded otherwise than when they were saved. Values are cast to their type. Together the ranks
     must pass exactly the names that the checkpoint has under `prefix`; others in the checkpoint are left alone.
@@ -38,7 +41,7 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str | tuple[st
     of another shape. Should reading fail later (the disk), `tensors` are partly filled and the error says so.
     """
     ranks = Ranks()
-    problems = verify(path)
+    problems = [] if verified else verify(path)
     if problems:
         raise damage(path, problems)
     what = f"loading {path}"
@@ -51,12 +54,12 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str | tuple[st
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(dict(tensors), storage_reader=CheckedReader(path, metadata), planner=planner)
     except CheckpointException as failure:  # a BaseException
-        reason = failure_of_dcp(failure)
-        raise CheckpointError(f"{what}: failed half-way, the tensors are not usable: {reason}") from failure
+        said = failure_of_dcp(failure)
+        raise CheckpointError(f"{what}: failed half-way, the tensors are not usable: {said}") from failure
     return facts
 
 
-def verify(path: Path) -> list[Problem]:
+def verify(path: Place) -> list[Problem]:
     """Compares all files of a checkpoint with its manifest, the work divided over the ranks. All ranks call it."""
     ranks = Ranks()
     share = ranks.every(f"verifying {path}", lambda: manifest.verify(path, rank=ranks.rank, world=ranks.world))
@@ -64,7 +67,7 @@ def verify(path: Path) -> list[Problem]:
     return sorted((problem for share in shares for problem in share), key=lambda problem: problem.file)
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Place) -> dict[str, Any]:
     """The facts that were saved with a checkpoint. CheckpointError if they are missing or damaged."""
     try:
         facts = json.loads(read_checked(path, FACTS))
@@ -75,22 +78,25 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def resume_path(root: Path, resume: str) -> Resume:
-    """What `run.resume` means for the checkpoints under `root`. All ranks call it.
+def resume_path(root: Place, resume: str, durable: str = "") -> Resume:
+    """What `run.resume` means for the checkpoints under `root`, and for those copied to `durable`. All ranks call it.
 
-    `auto`: the newest checkpoint that verifies, or none where none was ever saved. `none`: start anew. Anything else is
-    the path of one checkpoint. CheckpointError if that one is damaged, and if `auto` finds only damaged ones.
+    `auto`: the newest checkpoint that verifies, or none where none was ever saved; of two copies the nearer one. `none`: start
+    anew. Anything else is the path of one checkpoint. CheckpointError if that one is damaged, and if `auto` finds only
+    damaged ones.
     """
     if resume == "none":
         return Resume(None, {})
     if resume != "auto":
-        problems = verify(Path(resume))
+        named = place_of(resume)
+        problems = verify(named)
         if problems:
-            raise damage(Path(resume), problems)
-        return Resume(Path(resume), {})
-    rejected: dict[Path, list[Problem]] = {}
-    candidates = Ranks().first(f"listing {root}", lambda: [info.path for info in newest_first(root)])
-    for path in candidates:
+            raise damage(named, problems)
+        return Resume(named, {})
+    ranks = Ranks()
+    paths, unreachable = ranks.first(f"listing {root}", lambda: candidates(root, durable))
+    rejected: dict[Place, list[Problem]] = {place_of(durable): [Problem(".", unreachable)]} if unreachable else {}
+    for path in paths:
         problems = verify(path)
         if not problems:
             return Resume(path, rejected)
@@ -101,8 +107,20 @@ def resume_path(root: Path, resume: str) -> Resume:
     return Resume(None, {})
 
 
+def candidates(root: Place, durable: str = "") -> tuple[list[Place], str]:
+    """All checkpoints of a run, in the order in which to try them, and why those in `durable` cannot be listed, if so."""
+    near, unreachable = newest_first(root), ""
+    try:
+        far = newest_first(place_of(durable)) if durable else []
+    except Exception as error:  # of whatever client the address needs
+        far, unreachable = [], f"cannot be listed: {reason(error)}"
+    # A copy has the time of its original, and the sort is stable: the nearer one comes first.
+    order = sorted([*near, *far], key=lambda info: (info.time is None, info.time or 0, info.step), reverse=True)
+    return [info.path for info in order], unreachable
+
+
 def _check_fit(
-    path: Path,
+    path: Place,
     saved: dict[str, SavedTensor],
     tensors: Mapping[str, torch.Tensor],
     prefix: str | tuple[str, ...],

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from upath import UPath
 
 from megasora.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FACTS = "facts.json"
 FORMAT = 1
-_CHUNK = 4 << 20  # bytes read at once
+CHUNK = 4 << 20  # bytes read at once
+
+Place = Path | UPath  # a directory or file here, or at an address that fsspec opens
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Problem:
 
     file: str
     reason: str
+
+
+def place_of(address: str | Path) -> Place:
+    """`s3://bucket/run` and the like as fsspec opens them, anything else as a path. CheckpointError for an unknown kind."""
+    try:
+        return UPath(address) if "://" in str(address) else Path(address)
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{address}: {error}") from None
 
 
 def step_name(step: int) -> str:
@@ -79,40 +90,52 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_file(directory / MANIFEST, _sealed(body))
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Place) -> Manifest:
     """Reads and checks `manifest.json`. CheckpointError if it is missing or damaged."""
     try:
-        return _parse((directory / MANIFEST).read_bytes())
+        raw = (directory / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{directory / MANIFEST}: missing, so this is no complete checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{directory / MANIFEST}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # clients of object stores have errors of their own
+        raise CheckpointError(f"{directory / MANIFEST}: cannot be read: {reason(error)}") from error
+    try:
+        return _parse(raw)
     except ValueError as error:
         raise CheckpointError(f"{directory / MANIFEST}: {error}") from error
 
 
-def read_checked(directory: Path, name: str) -> bytes:
+def reason(error: Exception) -> str:
+    """What went wrong with a file, without its name."""
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+
+def read_checked(directory: Place, name: str) -> bytes:
     """The bytes of one small file of a checkpoint, checked against the manifest. CheckpointError names the file."""
     expected = read_manifest(directory).files.get(name)
     if expected is None:
         raise CheckpointError(f"{directory / name}: not in {MANIFEST}")
     try:
         data = (directory / name).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{directory / name}: cannot be read: {error.strerror}") from error
+    except Exception as error:
+        raise CheckpointError(f"{directory / name}: cannot be read: {reason(error)}") from error
     if FileSum(len(data), xxhash.xxh3_64_hexdigest(data)) != expected:
         raise CheckpointError(f"{directory / name}: damaged, its checksum is not the one in {MANIFEST}")
     return data
 
 
-def size_problem(directory: Path, name: str, expected: FileSum) -> Problem | None:
+def open_for_reading(file: Place) -> Any:
+    """A raw file where it lies on a disk; what comes over a network is read ahead."""
+    return file.open("rb", buffering=0) if isinstance(file, Path) else file.open("rb", block_size=CHUNK)
+
+
+def size_problem(directory: Place, name: str, expected: FileSum) -> Problem | None:
     """What the file system alone can tell: a missing file, or one of another size."""
     try:
         found = (directory / name).stat()
     except FileNotFoundError:
         return Problem(name, "missing")
-    except OSError as error:
-        return Problem(name, f"cannot be read: {error.strerror}")
+    except Exception as error:
+        return Problem(name, f"cannot be read: {reason(error)}")
     if not stat.S_ISREG(found.st_mode):
         return Problem(name, "not a regular file")
     if found.st_size != expected.size:
@@ -121,7 +144,7 @@ def size_problem(directory: Path, name: str, expected: FileSum) -> Problem | Non
 
 
 def verify(
-    directory: Path, *, rank: int = 0, world: int = 1, on_bytes: Callable[[int], object] | None = None
+    directory: Place, *, rank: int = 0, world: int = 1, on_bytes: Callable[[int], object] | None = None
 ) -> list[Problem]:
     """Compares every file of a checkpoint with its manifest; an empty list means that it is good. Raises nothing.
 
@@ -142,7 +165,7 @@ def verify(
     return sorted(problems, key=lambda problem: problem.file)
 
 
-def damage(directory: Path, problems: list[Problem]) -> CheckpointError:
+def damage(directory: Place, problems: list[Problem]) -> CheckpointError:
     """The error for a checkpoint that did not verify: one line with the first files."""
     named = "; ".join(f"{problem.file}: {problem.reason}" for problem in problems[:3])
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -178,34 +201,34 @@ def _parse(raw: bytes) -> Manifest:
     return manifest
 
 
-def _misnamed(directory: Path, manifest: Manifest) -> list[Problem]:
+def _misnamed(directory: Place, manifest: Manifest) -> list[Problem]:
     if directory.name.startswith("step-") and directory.name != step_name(manifest.step):
         return [Problem(MANIFEST, f"is that of step {manifest.step}")]
     return []
 
 
-def _foreign_files(directory: Path, manifest: Manifest) -> list[Problem]:
+def _foreign_files(directory: Place, manifest: Manifest) -> list[Problem]:
     try:
         names = {entry.name for entry in directory.iterdir()} - {MANIFEST} - set(manifest.files)
-    except OSError as error:
-        return [Problem(".", f"cannot be listed: {error.strerror}")]
+    except Exception as error:
+        return [Problem(".", f"cannot be listed: {reason(error)}")]
     return [Problem(name, f"not in {MANIFEST}") for name in names]
 
 
 def _file_problem(
-    directory: Path, name: str, expected: FileSum, on_bytes: Callable[[int], object] | None
+    directory: Place, name: str, expected: FileSum, on_bytes: Callable[[int], object] | None
 ) -> Problem | None:
     problem = size_problem(directory, name, expected)
     if problem is not None:
         return problem
     state = xxhash.xxh3_64()
-    buffer = memoryview(bytearray(min(_CHUNK, expected.size)))
+    buffer = memoryview(bytearray(min(CHUNK, expected.size)))
     try:
-        with (directory / name).open("rb", buffering=0) as file:
+        with open_for_reading(directory / name) as file:
             while count := file.readinto(buffer):
                 state.update(buffer[:count])
                 if on_bytes is not None:
                     on_bytes(count)
-    except OSError as error:
-        return Problem(name, f"cannot be read: {error.strerror}")
+    except Exception as error:
+        return Problem(name, f"cannot be read: {reason(error)}")
     return None if state.hexdigest() == expected.xxh3 else Problem(name, "damaged, its checksum differs")

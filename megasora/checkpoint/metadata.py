@@ -5,16 +5,19 @@ types that describe tensors can be built from it. Entries other than tensors are
 """
 
 import io
+import math
 import pickle
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megasora.checkpoint.manifest import read_checked, read_manifest
+from megasora.checkpoint.manifest import Place, open_for_reading, read_checked, read_manifest
 from megasora.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -39,19 +42,36 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class CheckedReader(FileSystemReader):
     """Reads the shards of a checkpoint whose metadata `read_metadata` has already checked."""
 
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        super().__init__(path)
+    def __init__(self, path: Place, metadata: Metadata) -> None:
+        super().__init__("")
+        self.fs, self.path = _Places(), path  # type: ignore[assignment]
         self.metadata = metadata
 
     def read_metadata(self) -> Metadata:
         return self.metadata
 
 
-def read_metadata(path: Path) -> Metadata:
+class _Places(FileSystem):
+    """A directory here or on object storage as DCP's reader sees it."""
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
+        with open_for_reading(path) as stream:
+            yield stream
+
+
+def read_metadata(path: Place) -> Metadata:
     """What the checkpoint at `path` holds, and where. CheckpointError for anything that `save` does not write."""
     raw = read_checked(path, METADATA)
     files = read_manifest(path).files

@@ -1,21 +1,35 @@
 """The few collective steps that saving and loading need. They work without torch.distributed, as a world of one."""
 
+import errno
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megasora.errors import CheckpointError
+from megasora.errors import CheckpointError, MegasoraError, StorageFull
 
 T = TypeVar("T")
 
+WHAT_TO_DO = {
+    errno.ENOSPC: "; free space there, or keep fewer: checkpoint.keep_last",
+    errno.EDQUOT: "; the quota is used up: free space there, or keep fewer: checkpoint.keep_last",
+    errno.EROFS: "; mount it writable, or give another run.dir",
+    errno.EACCES: "; give this user the right to write there, or give another run.dir",
+    errno.EIO: "; the storage fails: look at its own log",
+    errno.ESTALE: "; the storage went away: mount it again",
+}
+
 
 class Ranks:
-    """All processes of the default group. A failure on one of them becomes the same CheckpointError on all."""
+    """All processes, by way of the default group or another one.
 
-    def __init__(self) -> None:
-        self.joined = dist.is_available() and dist.is_initialized()
+    A failure on one becomes the same error on all: a CheckpointError, or what it was if it is one of ours.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+        self.group = group
+        self.joined = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.joined else 0
         self.world = dist.get_world_size() if self.joined else 1
 
@@ -24,16 +38,17 @@ class Ranks:
         if not self.joined:
             return [value]
         values: list[T] = [value] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def every(self, what: str, func: Callable[[], T]) -> T:
-        """Runs `func` on every rank, returns the own result. If it failed anywhere, all ranks raise, naming `what`."""
+        """Runs `func` on every rank, returns the own result. If one failed, all raise, naming `what` unless it is empty."""
         result, caught = _attempt(func)
-        failures = self.gather(None if caught is None else _one_line(self.rank, caught))
+        failures = self.gather(None if caught is None else (_kind(caught), _one_line(self.rank, caught)))
         failure = next(filter(None, failures), None)
         if failure is not None:
-            raise CheckpointError(f"{what}: {failure}") from caught
+            kind, reason = failure
+            raise kind(reason if reason.startswith(what) else f"{what}: {reason}") from caught
         return result[0]
 
     def first(self, what: str, func: Callable[[], T]) -> T:
@@ -60,6 +75,16 @@ def failure_of_dcp(failure: CheckpointException) -> str:
     return _one_line(rank, error)
 
 
+def _kind(error: Exception) -> type[MegasoraError]:
+    if isinstance(error, MegasoraError):
+        return type(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return StorageFull if full else CheckpointError
+
+
 def _one_line(rank: int, error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, CheckpointError) else f"rank {rank}: {type(error).__name__}: {text}"
+    if isinstance(error, MegasoraError):
+        return text
+    advice = WHAT_TO_DO.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    return f"rank {rank}: {type(error).__name__}: {text}{advice}"

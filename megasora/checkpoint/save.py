@@ -1,31 +1,28 @@
 """Saves one step: every rank writes its shards, rank 0 makes them a checkpoint by one rename."""
 
-import io
-import os
 import shutil
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-import xxhash
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from megasora.checkpoint.directory import CheckpointConfig, begin, clear_leftovers, commit, next_time, remove, surplus
-from megasora.checkpoint.manifest import FACTS, FileSum, Manifest, write_json, write_manifest
-from megasora.checkpoint.ranks import Ranks, failure_of_dcp
+from megasora.checkpoint.manifest import FACTS, FileSum, Manifest, Place, write_json, write_manifest
+from megasora.checkpoint.ranks import Ranks
+from megasora.checkpoint.writer import Writer
 from megasora.errors import CheckpointError
 
 
-def save(root: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> Path:
+def save(
+    root: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], ranks: Ranks | None = None
+) -> Path:
     """Saves `tensors` and rank 0's `facts` (JSON) as `root/step-XXXXXXXX`, and returns that path on every rank.
 
     All ranks call it. A name means one tensor of the whole run: a DTensor is written once, in shards, and of a plain
@@ -35,34 +32,92 @@ def save(root: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: dict
     CheckpointError on all ranks if anything fails on one of them (a full disk, facts that are not JSON): what was there
     before is still there, and nothing half is.
     """
-    ranks = Ranks()
+    ranks = ranks or Ranks()
+    shares = plan_shares(ranks, f"saving step {step} in {root}", tensors)
+    return write(ranks, root, step, shares, facts, check=lambda: None)
+
+
+@dataclass
+class Shares:
+    """What this rank writes: pieces of tensors, by where they belong. On rank 0 also what describes the whole."""
+
+    plan: SavePlan
+    pieces: dict[MetadataIndex, torch.Tensor]  # views of the live tensors, or copies
+    metadata: Metadata | None
+
+    def resolve_data(self, item: WriteItem) -> torch.Tensor:
+        """For DCP's writer."""
+        return self.pieces[item.index]
+
+
+def plan_shares(ranks: Ranks, what: str, tensors: Mapping[str, torch.Tensor]) -> Shares:
+    """Agrees with the other ranks on who writes what; each piece of what several have goes to one of them."""
+    planner = _Planner()
+
+    def own_plan() -> SavePlan:
+        _check(tensors)
+        planner.set_up_planner(dict(tensors), is_coordinator=ranks.rank == 0)
+        return planner.create_local_plan()
+
+    every = ranks.gather(ranks.every(what, own_plan))
+
+    def whole_plan() -> tuple[list[SavePlan], Metadata] | None:
+        if ranks.rank != 0:
+            return None
+        plans, metadata = planner.create_global_plan(every)
+        return Writer.name_files(plans), metadata
+
+    found = ranks.every(what, whole_plan)
+    plans = ranks.gather(found[0] if found else [])[0]
+    plan = plans[ranks.rank]
+    pieces = {item.index: _piece(planner, item) for item in plan.items}
+    return Shares(plan, pieces, found[1] if found else None)
+
+
+def write(
+    ranks: Ranks,
+    root: Path,
+    step: int,
+    shares: Shares,
+    facts: dict[str, Any],
+    check: Callable[[], None],
+) -> Path:
+    """Writes what was planned and makes it a checkpoint. `check`, on rank 0 before anything is published, raises if this job
+    must not. All ranks call it; raises as `save` does."""
     what = f"saving step {step} in {root}"
-    ranks.every(what, lambda: _check(tensors))
-    temporary = ranks.first(what, lambda: begin(root, step))
+    temporary = ranks.first(what, lambda: begin(root, step, check))
     try:
-        written = ranks.gather(ranks.every(what, lambda: _write_shards(temporary, tensors)))
-        files = {name: found for of_rank in written for name, found in of_rank.items()}
-        return ranks.first(what, lambda: _complete(temporary, step, files, facts))
+        writer = Writer(temporary)
+        results = ranks.every(what, lambda: writer.write(shares.plan, shares))
+        written = ranks.gather((results, writer.sums))
+
+        def complete() -> Path:
+            assert shares.metadata is not None
+            sums = {name: found for _, of_rank in written for name, found in of_rank.items()}
+            return _complete(writer, temporary, step, shares.metadata, [r for r, _ in written], sums, facts, check)
+
+        return ranks.first(what, complete)
     except CheckpointError:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def prune(root: Path, config: CheckpointConfig) -> list[Path]:
+def prune(root: Place, config: CheckpointConfig, ranks: Ranks | None = None) -> list[Place]:
     """Removes what the retention rule does not keep, never the newest complete one; returns what was removed.
 
     All ranks call it, rank 0 acts.
     """
 
-    def act() -> list[Path]:
-        clear_leftovers(root)
+    def act() -> list[Place]:
+        if isinstance(root, Path):
+            clear_leftovers(root)
         doomed = surplus(root, config)
         for path in doomed:
             remove(path)
         return doomed
 
-    return Ranks().first(f"pruning {root}", act)
+    return (ranks or Ranks()).first(f"pruning {root}", act)
 
 
 def _check(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -73,22 +128,26 @@ def _check(tensors: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} is a partial sum on each rank: redistribute it before it is saved")
 
 
-def _write_shards(directory: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileSum]:
-    """Writes this rank's part of `tensors`; returns its files. A collective call."""
-    writer = _Writer(directory)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, planner=_Planner())
-    except CheckpointException as failure:  # a BaseException
-        raise CheckpointError(failure_of_dcp(failure)) from failure
-    return writer.files.sums
+def _piece(planner: DefaultSavePlanner, item: WriteItem) -> torch.Tensor:
+    piece = planner.resolve_data(item)
+    assert isinstance(piece, torch.Tensor)
+    return piece.detach()
 
 
-def _complete(temporary: Path, step: int, files: dict[str, FileSum], facts: dict[str, Any]) -> Path:
-    files = files | {FACTS: write_json(temporary / FACTS, facts)}
+def _complete(
+    writer: Writer,
+    temporary: Path,
+    step: int,
+    metadata: Metadata,
+    results: list[list[WriteResult]],
+    sums: dict[str, FileSum],
+    facts: dict[str, Any],
+    check: Callable[[], None],
+) -> Path:
+    writer.finish(metadata, results)
+    files = sums | writer.sums | {FACTS: write_json(temporary / FACTS, facts)}
     write_manifest(temporary, Manifest(step, next_time(temporary.parent), files))
-    return commit(temporary, step)
+    return commit(temporary, step, check)
 
 
 class _Planner(DefaultSavePlanner):
@@ -112,55 +171,3 @@ class _Planner(DefaultSavePlanner):
 
 def _kind(data: TensorWriteData) -> tuple[torch.Size, torch.Size, torch.dtype]:
     return data.size, data.chunk.sizes, data.properties.dtype
-
-
-class _SummedFile(io.BufferedWriter):
-    """A file that sums what is written to it, before it reaches the disk, and is on disk when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"))
-        self.state, self.size = xxhash.xxh3_64(), 0
-
-    def write(self, data: Any) -> int:
-        self.state.update(data)
-        self.size += memoryview(data).nbytes
-        return super().write(data)
-
-    def close(self) -> None:
-        try:
-            if not self.closed:
-                self.flush()
-                os.fsync(self.fileno())
-        finally:
-            super().close()
-
-
-class _SummingFileSystem(FileSystem):
-    """The file system as DCP's writer sees it; remembers the checksum of each file that it wrote."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, FileSum] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        if mode != "wb":
-            raise ValueError(f"{path}: opened for {mode}, not for writing")
-        with _SummedFile(Path(path)) as file:
-            yield file
-        self.sums[Path(path).name] = FileSum(file.size, file.state.hexdigest())
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
-
-
-class _Writer(FileSystemWriter):
-    """DCP's writer with checksums. One thread: in DCP the error of a second one would be lost, and its tensors."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, sync_files=False, thread_count=1, overwrite=False)
-        self.fs = self.files = _SummingFileSystem()
-
-    def storage_meta(self) -> StorageMeta | None:
-        """None: the directory's temporary name and a random number have no place in the metadata."""
-        return None

@@ -7,8 +7,8 @@ first, waits a moment for the workers that fail of the same cause, and only then
 import json
 import os
 import signal
-import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,6 +22,9 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from data_pipelines.errors import DataError
+from megasora.cluster.heartbeat import DIRECTORY, RECORDER, Beat, as_json, read_beats, verdict
+from megasora.cluster.origin import node_name
+from megasora.cluster.signals import catches
 from megasora.errors import CheckpointError, ConfigError, StoppedEarly
 
 STOPPED_EARLY = StoppedEarly.exit_code
@@ -33,6 +36,7 @@ SETTLE = 2.0  # to all workers after a failure: those that fail of the same caus
 TERMINATE = 10  # from SIGTERM to SIGKILL, for workers whose peers are gone
 SAVE = 300.0  # to the other workers when one has stopped early: they may still be writing the checkpoint
 AGREE = SETTLE + TERMINATE + 8.0  # to the other nodes to report after a failure
+STACKS = 1.0  # to all workers to write their stacks, before a stalled run is killed
 LEAVE = 5.0  # to the other nodes to leave the rendezvous before the one that serves it
 
 
@@ -81,12 +85,15 @@ class Crew:
 class Agent(LocalElasticAgent):
     """Runs this node's workers. `run_to_code` returns the code to exit with, which is the same on every node."""
 
-    def __init__(self, spec: WorkerSpec, crew: Crew, nnodes: int, log_dir: Path | None) -> None:
-        super().__init__(spec, _InheritedOutput(), shutdown_timeout=TERMINATE)
+    def __init__(self, spec: WorkerSpec, crew: Crew, nnodes: int, log_dir: Path | None, stall: int) -> None:
+        self.output = _InheritedOutput()
+        super().__init__(spec, self.output, shutdown_timeout=TERMINATE)
         self.crew = crew
         self.nnodes = nnodes
         self.log_dir = log_dir
+        self.stall = stall  # seconds without progress; 0: any
         self.root: Ending | None = None
+        os.environ.setdefault(RECORDER, "2000")
 
     def run_to_code(self) -> int:
         result = self.run()
@@ -96,12 +103,23 @@ class Agent(LocalElasticAgent):
             return 0
         return self.root.exit_code if self.root else 1
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # torch 2.13 keeps one store for all restarts, where new workers would find the addresses of dead ones.
+        handler: Any = worker_group.spec.rdzv_handler
+        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+        super()._rendezvous(worker_group)
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.endings: list[Ending] = []
         self.failed_at: float | None = None  # monotonic: when a failure, here or elsewhere, was first seen
         self.stopped_at: float | None = None  # and when a worker here had stopped early
         self.reported_at: float | None = None  # and when this node had told the others how its workers ended
+        self.stalled = False  # here or on another node
+        self.beats: list[Beat] = []
         self.board = _Board(worker_group.store, worker_group.group_rank or 0, self.nnodes)
+        shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.heartbeats = tempfile.TemporaryDirectory(prefix="megasora-", dir=shm)
+        os.environ[DIRECTORY] = self.output.errors = self.heartbeats.name
         pids = super()._start_workers(worker_group)
         self.crew.pids = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
         self.crew.started = True
@@ -113,6 +131,7 @@ class Agent(LocalElasticAgent):
         if self.reported_at is None:
             self._look_for_endings()
             self._look_for_failures()
+            self._look_for_stall()
             if self.crew.pids and time.monotonic() < self._deadline_of_workers():
                 return healthy
             self._stop_the_rest()
@@ -151,6 +170,27 @@ class Agent(LocalElasticAgent):
         if self.stopped_at is None and STOPPED_EARLY in codes:
             self.stopped_at = now
 
+    def _look_for_stall(self) -> None:
+        """If a rank here or on another node has made no progress for too long: kills the workers, after a look at them."""
+        if not self.stall or self.failed_at is not None:
+            return
+        self.beats = read_beats(Path(self.heartbeats.name), node_name())
+        if not (any(beat.is_stalled(self.stall) for beat in self.beats) or self.board.stall_told()):
+            return
+        self.stalled = True
+        self.failed_at = time.monotonic() - SETTLE  # no patience with the workers
+        self.board.tell_stall(self.beats)
+        for pid in self.crew.pids.values():
+            if catches(pid, signal.SIGUSR2):
+                os.kill(pid, signal.SIGUSR2)
+        time.sleep(STACKS)
+        for (
+            pid
+        ) in self.crew.pids.values():  # not SIGTERM: nothing is to be saved in this state, and a stopped process waits
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        self.endings = []
+
     def _deadline_of_workers(self) -> float:
         """Until when (monotonic) the workers still running may run on."""
         if self.failed_at is not None:
@@ -174,26 +214,56 @@ class Agent(LocalElasticAgent):
 
     def _settle_on(self, root: Ending | None) -> None:
         self.root = root
+        if self.stalled:
+            self._report_stall()
         if self.crew.stopping or (root is not None and root.code in (*VERDICTS, STOPPED_EARLY)):
             self._remaining_restarts = 0  # a restart would mend nothing
-        if root is not None and root in self.endings and root.code not in TOLD_BY_WORKER:
+        if root is not None and root in self.endings and (root.code not in TOLD_BY_WORKER or self._error_of(root)):
             sys.stderr.write(f"megasora: {self._obituary(root)}\n")  # in one piece: the workers write there too
+
+    def _report_stall(self) -> None:
+        """Names the rank that held up the others, on one of the nodes, and keeps what all ranks were doing."""
+        others = self.board.stalls()
+        if any(node < self.board.node for node in others):
+            return
+        beats = sorted(
+            [*self.beats, *(beat for found in others.values() for beat in found)], key=lambda beat: beat.rank
+        )
+        missing = self.nnodes - 1 - len(others)
+        kept = f"; {missing} nodes said nothing" if missing else ""
+        if self.log_dir:
+            file = self.log_dir / f"stall-{time.strftime('%Y%m%d-%H%M%S')}.json"
+            file.write_text(as_json(beats))
+            kept += f"; all ranks are in {file}, the stacks of each in rank-NNNNN.stacks beside it"
+        sys.stderr.write(f"megasora: no progress for {self.stall} s: {verdict(beats)[1]}{kept}\n")
 
     def _obituary(self, ending: Ending) -> str:
         end = f"ended with exit code {ending.code}"
         if ending.code < 0:
             end = f"was killed by signal {-ending.code} ({signal.Signals(-ending.code).name})"
+        if error := self._error_of(ending):
+            end += f", {error}"
         log = self.log_dir / f"rank-{ending.rank:05d}.log" if self.log_dir else None
         where = f"; its log is {log}" if log and log.exists() else ""
-        return f"rank {ending.rank} (process {ending.pid} on {socket.gethostname()}) {end}{where}"
+        return f"rank {ending.rank} (process {ending.pid} on {node_name()}) {end}{where}"
+
+    def _error_of(self, ending: Ending) -> str:
+        """What the worker has left in its error file; empty if it has left none."""
+        file = Path(self.heartbeats.name) / f"{ending.rank}.error"
+        return str(json.loads(file.read_text())["message"]["message"]) if file.exists() else ""
 
 
 class _InheritedOutput(LogsSpecs):
-    """Every worker writes straight to the launcher's stdout and stderr."""
+    """Every worker writes straight to the launcher's stdout and stderr, and the error it dies of to a file of its own."""
+
+    errors = os.devnull  # directory
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        console, none = dict.fromkeys(envs, ""), dict.fromkeys(envs, os.devnull)
-        return LogsDest(stdouts=console, stderrs=console, error_files=none)
+        console = dict.fromkeys(envs, "")
+        files = {local_rank: f"{self.errors}/{env['RANK']}.error" for local_rank, env in envs.items()}
+        for local_rank, env in envs.items():
+            env["TORCHELASTIC_ERROR_FILE"] = files[local_rank]
+        return LogsDest(stdouts=console, stderrs=console, error_files=files)
 
     @property
     def root_log_dir(self) -> str:
@@ -216,6 +286,18 @@ class _Board:
 
     def failure_told(self) -> bool:
         return self._is_written("failed")
+
+    def tell_stall(self, beats: list[Beat]) -> None:
+        self._write(f"stall/{self.node}", as_json(beats))
+        self._write("stalled", "")
+
+    def stall_told(self) -> bool:
+        return self._is_written("stalled")
+
+    def stalls(self) -> dict[int, list[Beat]]:
+        """What the ranks of the other nodes were doing."""
+        told = [node for node in self._others() if self._is_written(f"stall/{node}")]
+        return {node: [Beat(**beat) for beat in json.loads(self.store.get(f"megasora/stall/{node}"))] for node in told}
 
     def report(self, root: Ending | None) -> None:
         self._write(f"ended/{self.node}", json.dumps(asdict(root) if root else None))

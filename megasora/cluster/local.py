@@ -5,10 +5,12 @@ Here its agent runs in a thread, where it installs no signal handler, and the ma
 """
 
 import concurrent.futures
+import fcntl
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -23,10 +25,12 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from megasora.cluster.agent import SETTLE, Agent, Crew
-from megasora.cluster.signals import collected_signals
+from megasora.cluster.origin import node_name, process_start
+from megasora.cluster.signals import catches, collected_signals
 from megasora.errors import ConfigError
 
 CONNECT = 300  # seconds for the first node to open the rendezvous
+SIOCGIFADDR = 0x8915  # netdevice(7)
 
 # What a worker is before it becomes the worker. From here on it dies with the launcher, whatever kills that, so no
 # orphan is left; and it survives a SIGUSR1 that a scheduler sends to every process before the worker listens for it.
@@ -46,6 +50,7 @@ def launch_local(
     rdzv_id: str = "local",
     local_addr: str | None = None,
     max_restarts: int = 0,
+    stall: int = 0,
     log_dir: Path | None = None,
     pending: Iterable[int] = (),
 ) -> int:
@@ -58,7 +63,8 @@ def launch_local(
     one line on stderr, with its `log_dir`/rank-NNNNN.log if there is one. SIGUSR1, SIGTERM and SIGINT go to the workers
     (SIGUSR1 once a worker catches it); a second SIGTERM or SIGINT kills them, and the code is 128 + that signal.
     Signals that came before the call are given as `pending`. Failures are restarted `max_restarts` times, all nodes
-    together, but not the codes 2, 3, 4 and 75.
+    together, but not the codes 2, 3, 4 and 75. A rank that shows by its heartbeat that it has made no progress for `stall`
+    seconds (0: any) is a failure, too: it is named, all stacks are written to `log_dir`, and all workers are killed.
 
     One node finds a free port by itself. Several need the same `rdzv_endpoint` (HOST:PORT, served by the node that has
     the address) and `rdzv_id`, and each its own `local_addr` where host names do not resolve. Raises ConfigError for a
@@ -66,9 +72,15 @@ def launch_local(
     """
     if nnodes == 1:
         rdzv_endpoint, local_addr = "127.0.0.1:0", "127.0.0.1"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if local_addr and (interface := _interface_of(local_addr)):
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", interface
+        )  # gloo would look up the host's name, which need not resolve
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     parameters = _rendezvous_parameters(rdzv_endpoint, rdzv_id, nnodes, local_addr)
+    os.environ["MEGASORA_LAUNCHER"] = (
+        f"{node_name()}-{os.getpid()}-{process_start():.2f}"  # the run's fence asks for it
+    )
     _silence_torchrun()
     crew = Crew()
 
@@ -85,7 +97,7 @@ def launch_local(
             monitor_interval=0.1 if nnodes == 1 else 0.5,
             local_addr=local_addr,
         )
-        agent = Agent(spec, crew, nnodes, log_dir)
+        agent = Agent(spec, crew, nnodes, log_dir, stall)
         code = agent.run_to_code()
         if serves:
             agent.board.wait_until_left()
@@ -158,6 +170,17 @@ def _is_own_address(host: str) -> bool:
     return True
 
 
+def _interface_of(address: str) -> str | None:
+    """The network interface with that IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
+
+
 def _fulfil(outcome: concurrent.futures.Future[int], run_agent: Callable[[], int]) -> None:
     try:
         outcome.set_result(run_agent())
@@ -182,20 +205,11 @@ def _wait(outcome: concurrent.futures.Future[int], crew: Crew, received: list[in
                 return 128 + forwarding
         for pid in set(crew.pids.values()) - told:
             # A worker that does not catch SIGUSR1 yet is still starting: it is told once it does.
-            if forwarding is not None and (forwarding != signal.SIGUSR1 or _catches(pid, forwarding)):
+            if forwarding is not None and (forwarding != signal.SIGUSR1 or catches(pid, forwarding)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, forwarding)
                 told.add(pid)
     return outcome.result()
-
-
-def _catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler for the signal: proc(5), SigCgt."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
 
 
 def _kill(crew: Crew) -> None:

@@ -98,7 +98,8 @@ class Engine(Protocol):
 
 class TorchNative:
     """DDP for zero0, shards of the optimizer for zero1, FSDP2 for zero2, zero3 and HSDP; stages of a pipeline, split layers, cut
-    rows. `build` makes the model; its weights are drawn from `seed`.
+    rows. `build` makes the model; its weights are drawn from `seed`, or left as they are (None) for a checkpoint to fill: to draw
+    them takes a whole model in the host's memory.
 
     One rule for gradients: every rank's are parts of a sum. Those of split layers are summed over the ranks that see other tokens
     (dp x cp), all others over the tensor group too, and what all stages share over the pipeline.
@@ -107,7 +108,7 @@ class TorchNative:
     def __init__(
         self,
         build: Callable[[], Model[Any]],
-        seed: int,
+        seed: int | None,
         processes: Processes,
         parallel: ParallelConfig,
         config: EngineConfig,
@@ -129,7 +130,8 @@ class TorchNative:
         if self.fsdp:
             shard_model(model, stages or model, processes.shards, keep=layout.zero == 2, lower=lower)
         model.to_empty(device=processes.device)
-        init_weights(model, build, seed)
+        if seed is not None:
+            init_weights(model, build, seed)
         self.model = model
         self.pipeline = None
         if stages is not None:

@@ -5,11 +5,13 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_pipelines.video_write import encode_gif
+from megasora.observe.logs import log
 
 METRICS, EVENTS, QUARANTINE = "metrics.jsonl", "events.jsonl", "quarantine.jsonl"
 
@@ -86,7 +88,7 @@ class Journal:
     def __init__(self, run: Path, tensorboard: bool) -> None:
         self.run = run
         self.attempt = 1 + max((line["attempt"] for line in read_lines(run / EVENTS)), default=-1)
-        self.metrics, self.events = _append(run / METRICS), _append(run / EVENTS)
+        self.metrics, self.events = Lines(run / METRICS), Lines(run / EVENTS)
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -94,68 +96,98 @@ class Journal:
             self.board = SummaryWriter(run / "tb", flush_secs=10)
 
     def event(self, kind: str, **facts: Any) -> None:
-        _write(self.events, {"attempt": self.attempt, "time": time.time(), "event": kind, **facts})
+        self.events.write({"attempt": self.attempt, "time": time.time(), "event": kind, **facts})
 
     def quarantine(self, shard: str, key: str, reason: str) -> None:
         """A sample that cannot be read, for whoever mends or removes it."""
-        with (self.run / QUARANTINE).open("a") as file:
-            _write(file, {"shard": shard, "key": key, "reason": reason})
+        lines = Lines(self.run / QUARANTINE)
+        lines.write({"shard": shard, "key": key, "reason": reason})
+        lines.close()
 
     def step(self, metrics: StepMetrics) -> None:
-        _write(self.metrics, asdict(metrics))
+        self.metrics.write(asdict(metrics))
 
     def scalars(self, metrics: StepMetrics) -> None:
         """One point of every TensorBoard curve."""
-        if self.board:
-            values = asdict(metrics)
-            for tag, key in TENSORBOARD.items():
-                self.board.add_scalar(tag, values[key], metrics.step)
-            self.board.add_scalar(f"loss/stage_{metrics.stage}", metrics.loss, metrics.step)
-            for bucket, samples in metrics.bucket.items():
-                self.board.add_scalar(f"data/bucket_{bucket}", samples, metrics.step)
+        with self._surviving():
+            if self.board:
+                values = asdict(metrics)
+                for tag, key in TENSORBOARD.items():
+                    self.board.add_scalar(tag, values[key], metrics.step)
+                self.board.add_scalar(f"loss/stage_{metrics.stage}", metrics.loss, metrics.step)
+                for bucket, samples in metrics.bucket.items():
+                    self.board.add_scalar(f"data/bucket_{bucket}", samples, metrics.step)
 
     def evaluation(self, values: dict[str, float], step: int) -> None:
         """Points of the curves under eval/."""
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"eval/{name}", value, step)
+        with self._surviving():
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(f"eval/{name}", value, step)
 
     def video(self, tag: str, frames: Any, fps: float, step: int) -> None:
         """A sample, uint8 [T, H, W, 3], as an animated image."""
-        if self.board:
-            from tensorboard.compat.proto.summary_pb2 import Summary
+        with self._surviving():
+            if self.board:
+                from tensorboard.compat.proto.summary_pb2 import Summary
 
-            _, H, W, _ = frames.shape
-            image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=encode_gif(frames, fps))
-            self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+                _, H, W, _ = frames.shape
+                image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=encode_gif(frames, fps))
+                self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        if self.board:
-            self.board.add_text(tag, text, step)
+        with self._surviving():
+            if self.board:
+                self.board.add_text(tag, text, step)
 
     def close(self) -> None:
         self.metrics.close()
         self.events.close()
-        if self.board:
-            self.board.close()
+        with self._surviving():
+            if self.board:
+                self.board.close()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """TensorBoard's writer does not outlive a full disk: it is given up, until the next start. metrics.jsonl has it all."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("no more TensorBoard in this run: %s", error)
+            self.board = None
 
 
-def _append(path: Path) -> TextIO:
-    """Opens for appending, on a line of its own even after a torn write."""
-    file = path.open("a+b")
-    if file.seek(0, os.SEEK_END):
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    file.close()
-    return path.open("a", buffering=1)
+class Lines:
+    """Appends to a .jsonl file, on a line of its own even after a torn write.
 
+    Where nothing can be written (a full disk), lines wait and are written with the next one, so training goes on.
+    """
 
-def _write(file: TextIO, line: dict[str, Any]) -> None:
-    # One write a line, so that a kill tears at most the last one. JSON has no NaN.
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    file.write(json.dumps(clean, allow_nan=False) + "\n")
-    file.flush()
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting = path, b""
+        with path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+        self.file = path.open("ab", buffering=0)
+
+    def write(self, line: dict[str, Any]) -> None:
+        # One write a line, so that a kill tears at most the last one. JSON has no NaN.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.waiting += json.dumps(clean, allow_nan=False).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            log.warning("%s cannot be written now: %s", self.path, error.strerror)
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
 
 
 def console_line(metrics: StepMetrics, last: int, seconds_left: float) -> str:

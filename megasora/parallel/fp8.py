@@ -10,7 +10,6 @@ linear layers of blocks are taken, whose sizes are multiples of 16. The master w
 optimizer are untouched.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -209,8 +208,8 @@ def fp8_tensors(model: nn.Module) -> dict[str, Tensor]:
     state."""
     found = {}
     for name, module in model.named_modules():
-        meta: Any = getattr(module, "fp8_meta", None)  # TransformerEngine's modules have one
-        for direction in ("scaling_fwd", "scaling_bwd") if meta else ():
+        meta: dict[str, Any] = getattr(module, "fp8_meta", {})  # TransformerEngine's modules have one
+        for direction in ("scaling_fwd", "scaling_bwd"):
             for kind in ("amax_history", "scale"):
                 if direction in meta and hasattr(meta[direction], kind):
                     found[f"fp8/{name}/{direction}/{kind}"] = getattr(meta[direction], kind)
@@ -226,7 +225,7 @@ def fp8_share(model: nn.Module, forward: Callable[[], Any], macs: float) -> floa
 
     def count(module: Any, given: tuple[Any, ...], result: Tensor) -> None:
         nonlocal counted
-        counted += result[..., 0].numel() * math.prod(module.weight.shape)
+        counted += result[..., 0].numel() * module.get_parameter("weight").numel()
 
     handles = [layer.register_forward_hook(count) for _, layer in fp8_layers(model)]
     try:

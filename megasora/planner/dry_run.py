@@ -188,7 +188,7 @@ def fake_processes(job: Job, rank: int) -> Iterator[Processes]:
         with unset_fake_temporarily():  # it reads the ranks, which fake tensors have not
             return concatenate(*args, **kwargs)
 
-    DeviceMesh._concatenate = staticmethod(for_real)  # type: ignore[method-assign, assignment]
+    DeviceMesh._concatenate = staticmethod(for_real)  # type: ignore[method-assign]
     try:
         shape = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=AXES)
@@ -199,7 +199,7 @@ def fake_processes(job: Job, rank: int) -> Iterator[Processes]:
             assert group.pipeline
         yield group
     finally:
-        DeviceMesh._concatenate = staticmethod(concatenate)  # type: ignore[method-assign, assignment]
+        DeviceMesh._concatenate = staticmethod(concatenate)  # type: ignore[method-assign]
         dist.destroy_process_group()
 
 

@@ -1,4 +1,12 @@
-"""`megasora ckpt ls` and `megasora ckpt verify`: look at checkpoints without torch and without reading tensors."""
+"""Looks at checkpoints, and makes others of them.
+
+megasora ckpt ls runs/demo                                  step, size, layout, age, whether complete
+megasora ckpt verify runs/demo                              every file against its checksum
+megasora ckpt convert STEP_DIR OUT                          sharded -> safetensors in one piece, and back: OUT/step-XXXXXXXX
+megasora ckpt export STEP_DIR OUT                           -> a directory that diffusers opens
+megasora ckpt diff STEP_DIR STEP_DIR                        exit code 1 if they differ
+megasora ckpt average STEP_DIR STEP_DIR ... --output OUT    -> OUT/step-XXXXXXXX, to sample and to start from
+"""
 
 import argparse
 import json
@@ -11,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megasora.checkpoint.directory import CheckpointInfo, describe, list_checkpoints
-from megasora.checkpoint.manifest import MANIFEST, Problem, damage, verify
-from megasora.errors import CheckpointError
+from megasora.checkpoint.manifest import MANIFEST, Place, Problem, damage, place_of, verify
+from megasora.errors import CheckFailed, CheckpointError, ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--verify", action="store_true", help="read every file and compare checksums")
     checking = actions.add_parser("verify", help="read every file and compare checksums; exit code 4 if one is damaged")
     for action in (listing, checking):
-        action.add_argument("path", type=Path, help="a run, its checkpoints directory, or one checkpoint")
+        action.add_argument("path", type=place_of, help="a run, its checkpoints directory, or one checkpoint")
+    converting = actions.add_parser("convert", help="sharded -> consolidated safetensors, or back")
+    exporting = actions.add_parser("export", help="to a directory of diffusers, with a parity report")
+    exporting.add_argument("--weights", choices=("ema", "model"), default="ema")
+    for action in (converting, exporting):
+        action.add_argument("path", type=place_of, help="one checkpoint")
+        action.add_argument("output", type=Path, help="a directory that is not there yet")
+    comparing = actions.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 1 if they differ")
+    comparing.add_argument("paths", type=place_of, nargs=2)
+    comparing.add_argument("--tolerance", type=float, default=0.0, help="of the norm of a difference, relative")
+    averaging = actions.add_parser("average", help="the mean of several checkpoints' weights")
+    averaging.add_argument("paths", type=place_of, nargs="+")
+    averaging.add_argument("--output", type=Path, required=True)
+    averaging.add_argument("--weights", default="", help="comma-separated, one a checkpoint; default: all alike")
+    for action in (listing, checking, converting, exporting, comparing, averaging):
         action.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the sub-command. CheckpointError if `ckpt verify` finds damage, or nothing to verify."""
+    """Runs the sub-command. CheckpointError for damage, or for nothing to look at; CheckFailed where two differ."""
+    if args.overrides:
+        raise ConfigError(f"ckpt: {args.overrides[0]} is no option of `ckpt {args.action}`")
+    {"ls": look, "verify": look, "convert": convert, "export": export, "diff": diff, "average": average}[args.action](
+        args
+    )
+
+
+def look(args: argparse.Namespace) -> None:
+    """Without torch, and without reading tensors."""
     found = _checkpoints(args.path)
     if args.action == "verify" and not found:
         raise CheckpointError(f"{args.path}: holds no checkpoint")
@@ -43,7 +74,71 @@ def run(args: argparse.Namespace) -> None:
         raise CheckpointError("; ".join(str(damage(path, problems)) for path, problems in damaged.items()))
 
 
-def _checkpoints(path: Path) -> list[CheckpointInfo]:
+def convert(args: argparse.Namespace) -> None:
+    from megasora.checkpoint.convert import consolidate, is_sharded, open_checkpoint, shard
+
+    source = open_checkpoint(args.path)
+    if is_sharded(args.path):
+        _refuse_existing(args.output)
+        written = consolidate(source, args.output)
+    else:
+        written = [shard(source, args.output)]
+    print(json.dumps({"written": [str(path) for path in written]}) if args.json else "\n".join(map(str, written)))
+
+
+def export(args: argparse.Namespace) -> None:
+    from megasora.checkpoint.convert import open_checkpoint
+    from megasora.export import TOLERANCE, export
+
+    _refuse_existing(args.output)
+    report = export(open_checkpoint(args.path), args.output, args.weights)
+    if args.json:
+        print(json.dumps(vars(report)))
+    else:
+        said = "not compared, diffusers is not installed" if report.parity is None else f"{report.parity:.1e} relative"
+        print(f"{args.output}: {', '.join(report.parts)}; {report.transformer}, {report.parameters:,} parameters")
+        print(f"difference of diffusers' output from ours: {said}")
+        for part, why in report.left_out.items():
+            print(f"left out: {part} ({why})")
+    if report.parity is not None and not report.parity <= TOLERANCE:
+        raise CheckFailed(f"{args.output}: diffusers' output differs by {report.parity:.1e}, above {TOLERANCE}")
+
+
+def diff(args: argparse.Namespace) -> None:
+    from megasora.checkpoint.convert import differences, open_checkpoint
+
+    a, b = (open_checkpoint(path) for path in args.paths)
+    found = list(differences(a, b))
+    apart = [d for d in found if d.reason or not d.relative <= args.tolerance]
+    if args.json:
+        print(json.dumps({"tensors": len(found), "different": [asdict(d) for d in apart]}))
+    else:
+        for d in sorted(apart, key=lambda d: -d.relative):
+            print(f"{d.name}: {d.reason or f'{d.relative:.2e} relative, {d.largest:.2e} at most'}")
+        print(f"{len(found) - len(apart)} of {len(found)} tensors are equal")
+    if apart:
+        raise CheckFailed(f"{args.paths[0]} and {args.paths[1]} differ in {len(apart)} of {len(found)} tensors")
+
+
+def average(args: argparse.Namespace) -> None:
+    from megasora.checkpoint.convert import average, open_checkpoint
+
+    try:
+        weights = [float(w) for w in args.weights.split(",")] if args.weights else [1.0] * len(args.paths)
+    except ValueError:
+        raise ConfigError(f"--weights={args.weights}: numbers, comma-separated") from None
+    if len(weights) != len(args.paths) or not sum(weights) > 0:
+        raise ConfigError(f"--weights={args.weights}: {len(args.paths)} numbers with a sum above 0 are expected")
+    path = average([open_checkpoint(path) for path in args.paths], weights, args.output)
+    print(json.dumps({"written": [str(path)]}) if args.json else path)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"{output}: is there already; name a directory that is not")
+
+
+def _checkpoints(path: Place) -> list[CheckpointInfo]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     if (path / "checkpoints").is_dir():
@@ -70,7 +165,7 @@ def _record(info: CheckpointInfo, problems: list[Problem] | None) -> dict[str, A
     return record
 
 
-def _table(found: list[CheckpointInfo], checked: dict[Path, list[Problem]]) -> list[str]:
+def _table(found: list[CheckpointInfo], checked: dict[Place, list[Problem]]) -> list[str]:
     rows = [("step", "size", "layout", "age", "state")]
     for info in found:
         problems = checked.get(info.path)

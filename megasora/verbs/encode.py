@@ -25,6 +25,7 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.latent_shards import read_about
 from data_pipelines.shards import ShardSet
 from megasora.cli import add_config_argument
+from megasora.cluster.signals import ended_by_warning
 from megasora.config import load_config
 from megasora.encoders import NULL_TEXT, make_encoders, null_text_bytes, open_stage, open_text, text_directory
 from megasora.models.text import SmallTextEncoder, TextEncoder
@@ -44,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank())
-    report = encode(config)
+    with ended_by_warning():
+        report = encode(config)
     if args.json and rank() == 0:
         print(json.dumps(report))
     speed = report["speed"]

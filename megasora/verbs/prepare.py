@@ -17,6 +17,7 @@ import json
 
 from data_pipelines.prepare import prepare
 from megasora.cli import add_config_argument
+from megasora.cluster.signals import ended_by_warning
 from megasora.config import load_config
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank=0)
-    with Progress("prepare") as progress:
+    with Progress("prepare") as progress, ended_by_warning():
         report = prepare(config.prepare, progress)
     if args.json:
         print(json.dumps(report))

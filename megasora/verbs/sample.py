@@ -107,7 +107,7 @@ def load_model(config: Config, group: Processes) -> tuple[Callable[..., Tensor],
     """What predicts with the weights of sample.checkpoint, and the step that they are from."""
     root = Path(config.run.dir) / "checkpoints"
     named = config.sample.checkpoint
-    path = resume_path(root, "auto" if named == "latest" else named).path
+    path = resume_path(root, "auto" if named == "latest" else named, config.checkpoint.durable).path
     if path is None:
         raise CheckpointError(f"{root}: no checkpoint; train first, or give sample.checkpoint=PATH")
     step, prefix = int(read_facts(path)["step"]), f"{config.sample.weights}/"
@@ -115,10 +115,17 @@ def load_model(config: Config, group: Processes) -> tuple[Callable[..., Tensor],
         with torch.device("meta"):
             model = build_model(config.model)
         model.to_empty(device=group.device)
-        load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix)
+        load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix, verified=True)
         return model.eval(), step
-    engine = build_engine(replace(config, precision=EngineConfig(), optim=replace(config.optim, ema=0.0)), group)
+    engine = build_engine(
+        replace(config, precision=EngineConfig(), optim=replace(config.optim, ema=0.0)), group, blank=True
+    )
     weights = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("model/")}
-    load(path, {prefix + name.removeprefix("model/"): tensor for name, tensor in weights.items()}, prefix=prefix)
+    load(
+        path,
+        {prefix + name.removeprefix("model/"): tensor for name, tensor in weights.items()},
+        prefix=prefix,
+        verified=True,
+    )
     engine.loaded()
     return engine.predict, step

@@ -37,6 +37,10 @@ if what == "exit":  # after so many seconds, with so many codes, one for each at
     time.sleep(float(details[0]))
     sys.stderr.write(f"worker {rank} has spoken\\n")  # in one piece, unlike print
     sys.exit(int(details[1:][attempt]))
+if what == "bug":
+    from megasora import cli
+    cli.run_verb = lambda argv: {}["weight"]
+    cli.main(["train"])
 if what == "sleep":
     child = subprocess.Popen(["sleep", "600"])
     note("child", child.pid)
@@ -49,6 +53,26 @@ if what == "collective":  # the one with a code leaves; the other waits for it
         sys.exit(int(details[0]))
     note("waiting")
     dist.all_reduce(torch.ones(1))
+if what == "again":  # they meet; one dies; they meet again
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if attempt == 0 and rank == 1:
+        os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
+if what == "hang":  # the first time the second rank does not come to the collective
+    import torch, torch.distributed as dist
+    from megasora.cluster.heartbeat import heartbeat
+    dist.init_process_group("gloo")
+    dist.barrier()
+    with heartbeat(rank) as beat:
+        beat.keep_stacks(notes / f"rank-{rank:05d}.stacks")
+        beat.enter(7, "agree" if rank == 0 else "data", "4x8x8")
+        if attempt == 0 and rank == 1:
+            time.sleep(600)
+        dist.all_reduce(torch.ones(3, 5))
+    dist.destroy_process_group()
 if what == "train":  # stops at a signal, slowly
     time.sleep(float(details[0]))
     stop = []
@@ -110,7 +134,7 @@ def _runs(pid: int) -> bool:
 
 def _case(notes: Path, *what: str, **options: Any) -> dict[str, Any]:
     # Without site-packages Python starts in a tenth of the time; only one of the workers needs torch.
-    flags = "-c" if "collective" in what else "-Sc"
+    flags = "-c" if {"collective", "again", "hang"} & set(what) else "-Sc"
     return {"command": [sys.executable, flags, WORKER, str(notes), *what], "nproc": len(what), **options}
 
 
@@ -194,6 +218,30 @@ def test_restarts_are_for_what_they_can_mend(notes: Path) -> None:
     assert not (hopeless / "attempt1.0").exists()
 
 
+def test_restarted_workers_meet_again(notes: Path) -> None:
+    launcher = _start([_case(notes, "again", "again", max_restarts=1)])
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, err
+    assert (notes / "attempt1.1").exists()
+
+
+def test_a_rank_that_hangs_is_named_and_restarted(notes: Path) -> None:
+    launcher = _start([_case(notes, "hang", "hang", max_restarts=1, stall=6, log_dir=str(notes))])
+    _, err = launcher.communicate(timeout=90)
+    assert launcher.returncode == 0, err
+    (line,) = (line for line in err.splitlines() if "megasora:" in line)
+    assert "no progress for 6 s: rank 1 (process " in line
+    assert "hangs in phase data of step 7, bucket 4x8x8, for " in line
+    assert "; rank 0 (process " in line
+    assert "waits for it in all_reduce of 3x5 in default_pg" in line
+    waiting, hanging = ((notes / f"rank-0000{rank}.stacks").read_text() for rank in (0, 1))
+    assert " in all_reduce" in waiting
+    assert " in <module>" in hanging
+    assert "in all_reduce" not in hanging
+    (report,) = notes.glob("stall-*.json")
+    assert [beat["phase"] for beat in json.loads(report.read_text())] == ["agree", "data"]
+
+
 def test_arguments_arrive_as_they_are(notes: Path) -> None:
     case = _case(notes, "exit:0:0")
     case["command"].append("--a.b=$$ '${local_rank}'")
@@ -222,6 +270,16 @@ def test_a_killed_worker_is_named(notes: Path) -> None:
     (line,) = err.splitlines()
     assert line.startswith(f"megasora: rank 1 (process {pid} on ")
     assert line.endswith(f"was killed by signal 9 (SIGKILL); its log is {log}")
+
+
+def test_the_error_of_any_rank_is_named_at_the_end(notes: Path) -> None:
+    launcher = _start([_case(notes, "sleep", "bug")])
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    pid = (notes / "pid.1").read_text()
+    last = err.splitlines()[-1]
+    assert last.startswith(f"megasora: rank 1 (process {pid} on ")
+    assert last.endswith("ended with exit code 1, KeyError: 'weight'")
 
 
 def test_usr1_while_the_workers_still_start(notes: Path) -> None:

@@ -1,15 +1,29 @@
 """The trainer on other layouts than data parallelism, and `megasora parity`."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megasora.observe.metrics import history
+from data_pipelines.video import decode
+from megasora.observe.metrics import EVENTS, history
 from tests.integration.conftest import Road
 
 
 def losses(road: Road, run: str) -> list[float]:
     return [line["loss"] for line in history(road.directory / run)]
+
+
+def evaluation(road: Road, run: str) -> dict[str, float]:
+    """The last of a run: losses by name."""
+    lines = (road.directory / run / EVENTS).read_text().splitlines()
+    *_, last = (event for event in map(json.loads, lines) if event["event"] == "eval")
+    return {name: value for name, value in last.items() if name.startswith("loss")}
+
+
+def frames(file: Path) -> np.ndarray:
+    return decode(file, frames=5, height=48, width=80).astype(float)
 
 
 # A row that ranks share in several ways wants a capacity for each of them.
@@ -19,7 +33,8 @@ STEPS = (
     "--run.steps=8",
     "--stages.0.steps=4",
     "--checkpoint.every=4",
-    "--eval.every=0",
+    "--eval.every=8",
+    "--eval.loss_every=8",
 )
 
 
@@ -34,8 +49,46 @@ def test_training_on_another_layout_and_back(name: str, layout: str, road: Road,
     run = road.directory / f"layout-{name}"
     road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *STEPS, nproc=2)
     assert losses(road, run.name) == pytest.approx(alone, rel=1e-4)
+    assert evaluation(road, run.name) == pytest.approx(evaluation(road, "layout-alone"), rel=1e-4)
+    here, there = (frames(road.directory / of / "samples/step-00000008/00.mp4") for of in (run.name, "layout-alone"))
+    assert np.abs(here - there).mean() < 0.1 < there.std()
     road.run("train", f"--run.dir={run}", f"--run.resume={run / 'checkpoints' / 'step-00000004'}", *STEPS)
     assert losses(road, run.name) == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2,zero2"])
+@pytest.mark.usefixtures("alone")
+def test_samples_of_several_processes(layout: str, road: Road) -> None:
+    run, made = f"--run.dir={road.directory / 'layout-alone'}", {}
+    for nproc in (1, 2):
+        output = road.directory / f"made-{layout}-{nproc}"
+        prompts = '--sample.prompts=["a red circle", "a blue square", "a car"]'
+        road.run("sample", run, f"--parallel.layout={layout}", prompts, f"--sample.output={output}", nproc=nproc)
+        assert (output / "contact-sheet.png").exists()
+        made[nproc] = [frames(output / f"{i:02d}.mp4") for i in range(3)]
+    for alone, together in zip(made[1], made[2], strict=True):
+        assert np.abs(alone - together).mean() < 0.1 < alone.std()
+    assert np.abs(made[1][0] - made[1][1]).mean() > 1
+
+
+HUNDRED = (
+    "--data.capacity=256",
+    "--data.row_multiple=256",
+    "--stages.0.steps=30",
+    "--stages.1.steps=70",
+    "--run.steps=100",
+)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_hundred_steps_on_four_processes(road: Road) -> None:
+    alone = ("--checkpoint.every=100", "--eval.every=0", *HUNDRED)
+    road.run("train", f"--run.dir={road.directory / 'hundred-alone'}", *alone)
+    for name, layout in (("stages", "pp2,dp1,tp2"), ("contexts", "dp2,cp2,zero2")):
+        run = road.directory / f"hundred-{name}"
+        road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *alone, nproc=4)
+        assert losses(road, run.name) == pytest.approx(losses(road, "hundred-alone"), rel=1e-4)
 
 
 def test_parity_is_one_command(road: Road) -> None:

@@ -34,8 +34,11 @@ def build(config: VideoDiTConfig = CONFIG) -> Any:
     return model
 
 
-def loss(model: nn.Module, step: int, samples: int = 4) -> Tensor:
-    """Rectified flow on smooth random videos of [4, 2, 8, 8], drawn from the step alone, in bf16 autocast."""
+def loss(model: nn.Module, step: int, samples: int = 4, part: tuple[int, int, int] = (0, 1, 1)) -> Tensor:
+    """Rectified flow on smooth random videos of [4, 2, 8, 8], drawn from the step alone, in bf16 autocast.
+
+    Of a `part` of the row (PackedRow.part) it is a part of the sum.
+    """
     generator = torch.Generator().manual_seed(step)
     items, targets = [], []
     for _ in range(samples):
@@ -52,8 +55,10 @@ def loss(model: nn.Module, step: int, samples: int = 4) -> Tensor:
         items.append(Item(patches, (2, 4, 4), t.expand(2), text, torch.zeros(0)))
         targets.append(target)
     with torch.autocast("cpu", torch.bfloat16):
-        predicted = model(pack(items))
-    return (predicted.float() - torch.cat(targets)).square().mean()
+        predicted = model(pack(items).part(*part) if part[1] > 1 else pack(items))
+    target = torch.cat(targets)  # [L, P]
+    mine = target.tensor_split(part[1])[part[0]]
+    return (predicted.float() - mine).square().sum() / target.numel()
 
 
 def gradients(recipe: fp8.FP8, model: Any = None) -> dict[str, Tensor]:
@@ -111,6 +116,7 @@ def train(recipe: fp8.FP8, steps: int = 300, product: Callable[..., Tensor] | No
         fp8.to_fp8(model, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)  # ends at rest, not in the noise of its last steps
         loss(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -119,6 +125,7 @@ def train(recipe: fp8.FP8, steps: int = 300, product: Callable[..., Tensor] | No
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_losses_after_300_steps() -> None:
     """Each recipe's within 0.3 % of bf16's; gradients that are not scaled go elsewhere."""
     bf16 = train("none")

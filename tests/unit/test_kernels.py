@@ -224,8 +224,8 @@ def test_fp8_passes_as_a_fake_tensor() -> None:
 def test_cuda_tensors_take_the_kernels(module: ModuleType, name: str, draw: Callable[..., Inputs]) -> None:
     kernels = getattr(module, f"{name}_triton")
     leaves, fixed, _ = draw((2, 3), 24, torch.bfloat16)
-    with FakeTensorMode() as mode, mock.patch.object(module, f"{name}_triton", wraps=kernels) as called:
-        moved = [mode.from_tensor(t).to("cuda") if isinstance(t, Tensor) else t for t in (*leaves, *fixed)]
+    with FakeTensorMode(), mock.patch.object(module, f"{name}_triton", wraps=kernels) as called:
+        moved = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"), [*leaves, *fixed])
         found = getattr(module, name)(*moved)
     called.assert_called_once()
     first = found if isinstance(found, Tensor) else found[0]

@@ -64,11 +64,22 @@ def test_local_passes_arguments_and_the_exit_code(tmp_path: Path) -> None:
     assert len(usage.stderr.splitlines()) == 1
 
 
+def test_the_prolog_fails_on_a_node_that_is_not_fit(tmp_path: Path) -> None:
+    settings = tmp_path / "prolog"
+    environment = os.environ | {"MEGASORA_PROLOG": str(settings), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    for cpus, code in (("1", 0), ("100000", 1)):
+        settings.write_text(f"PYTHON='{sys.executable}'\nDOCTOR=(--cpus {cpus})\n")
+        done = subprocess.run([LAUNCH / "prolog.sh"], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ""
+        assert ("megasora: not fit: " in done.stderr) == (code == 1)
+
+
 # Stand-ins for SLURM's commands. The real ones are the business of the integration tests.
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
 "show hostnames") printf 'n1\\nn2\\n' ;;
-"show node") echo "NodeName=$3 NodeAddr=10.0.0.${3#n} NodeHostName=$3" ;;
+"--oneliner show") for n in 1 2; do echo "NodeName=n$n Arch=x NodeAddr=10.0.0.$n NodeHostName=n$n"; done ;;
 *) echo "$@" >> "$NOTES/requeued" ;;
 esac
 """
@@ -103,9 +114,8 @@ def test_the_batch_script_keeps_the_code_and_requeues_at_75(tmp_path: Path, code
     assert _batch(tmp_path, code).wait(timeout=20) == code
     assert (tmp_path / "requeued").exists() == requeued
     assert (tmp_path / "arguments").read_text().split() == [
-        *["-m", "megasora", "launch", "local", "--nproc", "8", "--nnodes", "2"],
-        *["--rdzv-endpoint", "10.0.0.1:20007", "--rdzv-id", "7-0", "--local-addr", "10.0.0.2"],
-        *["train", "--config", "x.yaml", "--run.steps=3"],
+        *["-m", "megasora", "launch", "local", "--local-addr", "10.0.0.2", "--rdzv-endpoint", "10.0.0.1:20007"],
+        *["--nnodes", "2", "--rdzv-id", "7-0", "--nproc", "8", "train", "--config", "x.yaml", "--run.steps=3"],
     ]
 
 

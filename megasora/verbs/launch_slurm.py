@@ -1,0 +1,199 @@
+"""The part of `launch` that writes and submits SLURM jobs: what to ask for, what to keep beside the run, what to print."""
+
+import argparse
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import xxhash
+import yaml
+
+import megasora
+from megasora.cli import VERBS, parse_verb
+from megasora.cluster.elastic import layouts_by_nodes
+from megasora.cluster.slurm import Job, render, submit
+from megasora.config import load_config, to_dict
+from megasora.errors import ConfigError
+from megasora.parallel.layout import parse_layout
+from megasora.schema import Config
+from megasora.verbs.launch import SLURM_VERBS, check_numbers
+
+SHARED = ("train", "bench", "doctor")  # verbs whose processes work together; the others of a node work for themselves
+ALONE = ("prepare", "parity", "doctor", "accept", "train-vae")  # verbs that want one process a node
+ARRAYS = ("prepare", "encode")  # verbs whose tasks share the work without meeting
+
+
+def launch_slurm(args: argparse.Namespace) -> None:
+    """Raises ConfigError, before anything is created, for what cannot run; what sbatch refuses leaves nothing either."""
+    check(args)
+    configs, arguments = read_command(args)
+    run = Path(configs[0].run.dir if configs else f"runs/{args.verb}").absolute()
+    run = run.parent if args.sweep else run  # of which each task has a directory
+    snapshot = next_free(run / "launch")
+    job = describe(args, configs, arguments, run, snapshot)
+    script = render(job)
+    if args.dry_run:
+        print(script, end="")
+        return
+    keep(snapshot, script, args, configs)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        ids = [submit(snapshot / "job.sbatch") for _ in range(args.chain)]
+    except ConfigError:
+        shutil.rmtree(snapshot)
+        raise
+    size = f"{' or '.join(map(str, job.layouts))} nodes x {job.nproc} processes"
+    print(f"job {' '.join(ids)}: {args.verb} on {size}{f', {job.array} tasks' if job.array else ''}")
+    print(f"log          {str(job.log).replace('%j', ids[0]).replace('%A', ids[0])}")
+    if args.verb == "train":
+        print(f"TensorBoard  {sys.executable} -m tensorboard.main --logdir {shlex.quote(str(run))}")
+    print(f"kept         {snapshot}")
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.verb not in SLURM_VERBS or args.verb not in VERBS:
+        known = ", ".join(verb for verb in SLURM_VERBS if verb in VERBS)
+        raise ConfigError(f"launch slurm: {args.verb}: not a verb for SLURM; known are {known}")
+    check_numbers(("--nodes", args.nodes, 1), ("--gpus-per-node", args.gpus_per_node, 0), ("--nproc", args.nproc, 0),
+                  ("--min-nodes", args.min_nodes, 0), ("--array", args.array, 0), ("--chain", args.chain, 1),
+                  ("--warning", args.warning, 1), ("--max-restarts", args.max_restarts, 0),
+                  ("--stall", args.stall, 0))  # fmt: skip
+    if args.min_nodes > args.nodes:
+        raise ConfigError(f"launch: --min-nodes={args.min_nodes}: at most --nodes={args.nodes}")
+    if args.min_nodes and args.verb != "train":
+        raise ConfigError(f"launch: --min-nodes={args.min_nodes}: only train goes on with fewer nodes")
+    if args.nodes > 1 and args.verb not in SHARED:
+        hint = "use --array" if args.verb in ARRAYS else "it runs on one"
+        raise ConfigError(f"launch: --nodes={args.nodes}: the processes of {args.verb} do not meet; {hint}")
+    if args.array and args.verb not in ARRAYS:
+        raise ConfigError(f"launch: --array={args.array}: only {' and '.join(ARRAYS)}; --sweep makes an array of runs")
+    if args.sweep and args.verb not in ("train", "bench"):
+        raise ConfigError(f"launch: --sweep={args.sweep[0]}: only train and bench")
+
+
+def read_command(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
+    """The config, resolved, of each task of a sweep or of the only one, and the verb's own arguments."""
+    parsed = parse_verb([args.verb, *args.overrides])
+    if "config" not in parsed:
+        if parsed.overrides:
+            raise ConfigError(f"launch: {parsed.overrides[0]}: {args.verb} has no such option")
+        return [], args.overrides
+    own, words = [], iter(args.overrides)
+    for word in words:
+        if word == "--config":
+            next(words)
+        elif word not in parsed.overrides and not word.startswith("--config="):
+            own.append(word)
+    if not args.sweep:
+        return [load_config(parsed.config, parsed.overrides)], own
+    run = Path(load_config(parsed.config, parsed.overrides).run.dir)
+    return [
+        load_config(parsed.config, [*parsed.overrides, *choice, f"--run.dir={run / f'{task:04d}'}"])
+        for task, choice in enumerate(choices(args.sweep))
+    ], own
+
+
+def choices(sweep: list[str]) -> list[tuple[str, ...]]:
+    """["a=1;2", "b=3"] -> [("--a=1", "--b=3"), ("--a=2", "--b=3")]."""
+    axes = []
+    for axis in sweep:
+        key, separator, values = axis.partition("=")
+        if not separator or not key or not values:
+            raise ConfigError(f"launch: --sweep={axis}: KEY=VALUE;VALUE is expected")
+        axes.append([f"--{key}={value}" for value in values.split(";")])
+    return list(itertools.product(*axes))
+
+
+def describe(args: argparse.Namespace, configs: list[Config], arguments: list[str], run: Path, snapshot: Path) -> Job:
+    """The job that the options ask for."""
+    nproc = args.nproc or (1 if args.verb in ALONE else max(1, args.gpus_per_node))
+    layouts = {args.nodes: ""}
+    for config in configs if args.verb in ("train", "bench") else []:
+        parse_layout(config.parallel.layout, args.nodes * nproc)
+        if args.min_nodes:
+            layouts = layouts_by_nodes(
+                config.parallel.layout, args.nodes, args.min_nodes, nproc, config.data.global_batch
+            )
+    tasks = len(configs) if args.sweep else args.array
+    doctor = None if args.doctor is None else tuple(shlex.split(args.doctor))
+    if doctor is not None and (unknown := parse_verb(["doctor", *doctor]).overrides):
+        raise ConfigError(f"launch: --doctor={args.doctor}: doctor has no {unknown[0]}")
+    if args.verb == "doctor":
+        arguments = ["--links", *arguments]
+    here = Path.cwd()
+    digest = xxhash.xxh3_64_hexdigest(str(run).encode())[:6]
+    after = [f"afterok:{args.after}"] * bool(args.after) + ["singleton"] * (args.chain > 1)
+    return Job(
+        name=f"{args.verb}-{re.sub(r'[^A-Za-z0-9_.-]', '_', run.name)}-{digest}",
+        verb=args.verb,
+        arguments=tuple(arguments),
+        config=snapshot / "config.yaml" if configs else None,
+        layouts=layouts,
+        gpus_per_node=args.gpus_per_node,
+        nproc=nproc,
+        python=args.python or ("python" if args.container else sys.executable),
+        directory=here,
+        log=run / "logs" / f"slurm-{'%A_%a' if tasks else '%j'}.out",
+        cache=here / ".cache",
+        time=args.time,
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        exclude=args.exclude,
+        dependency=",".join(after),
+        array=tasks,
+        sweep=bool(args.sweep),
+        container=args.container,
+        mounts=",".join(dict.fromkeys([f"{here}:{here}", f"{run}:{run}", *filter(None, [args.mounts])])),
+        warning=args.warning,
+        max_restarts=args.max_restarts,
+        stall=args.stall,
+        doctor=doctor,
+        reports=snapshot / "doctor",
+        options=tuple(args.sbatch),
+    )
+
+
+def keep(snapshot: Path, script: str, args: argparse.Namespace, configs: list[Config]) -> None:
+    """The script, the resolved configs and the code's revision, for the job to read and for whoever asks later."""
+    snapshot.mkdir(parents=True)
+    (snapshot / "job.sbatch").write_text(script)
+    for task, config in enumerate(configs):
+        name = f"config-{task}.yaml" if args.sweep else "config.yaml"
+        (snapshot / name).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    if args.sweep:
+        tasks = [
+            {"task": task, "run": config.run.dir, "values": list(choice)}
+            for task, (config, choice) in enumerate(zip(configs, choices(args.sweep), strict=True))
+        ]
+        (snapshot / "sweep.json").write_text(json.dumps(tasks, indent=1))
+    revision, changes = code_revision()
+    (snapshot / "revision.txt").write_text(f"{revision}\n")
+    if changes:
+        (snapshot / "changes.diff").write_text(changes)
+
+
+def code_revision() -> tuple[str, str]:
+    """The version, with the commit and what differs from it if the code lies in a git repository of its own."""
+    root = Path(megasora.__file__).parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout if done.returncode == 0 else ""
+
+    version = f"megasora {megasora.__version__}"
+    if shutil.which("git") is None or Path(git("rev-parse", "--show-toplevel").strip() or "/") != root:
+        return version, ""
+    changes = git("diff", "HEAD")
+    return f"{version} {git('rev-parse', 'HEAD').strip()}{' with changes' if changes else ''}", changes
+
+
+def next_free(directory: Path) -> Path:
+    """directory/0000, or the number after the highest there."""
+    numbers = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    return directory / f"{max(numbers, default=-1) + 1:04d}"
