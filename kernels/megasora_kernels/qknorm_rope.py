@@ -49,10 +49,18 @@ def qknorm_rope_reference(
         whole = heads if len(weight) == head_width else heads.flatten(1)
         heads = F.rms_norm(whole, weight.shape, weight.to(heads.dtype), eps).view_as(heads)
     if rotation is not None:
-        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))  # [L, N, K/2]
-        heads = torch.view_as_real(pairs * torch.view_as_complex(rotation.to(heads.dtype))[:, None]).flatten(-2)
+        heads = turn(heads, rotation.to(heads.dtype))
     y = heads.to(x.dtype)
     return y if groups == 1 else y.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+
+
+def turn(heads: Tensor, rotation: Tensor) -> Tensor:
+    """[L, N, K] by [L, K/2, 2] of the same type. Compiled in real numbers: inductor writes no code for complex ones."""
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cosine, sine) = heads.unflatten(-1, (-1, 2)).unbind(-1), rotation[:, None].unbind(-1)
+        return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1).flatten(-2)
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))  # [L, N, K/2]
+    return torch.view_as_real(pairs * torch.view_as_complex(rotation)[:, None]).flatten(-2)
 
 
 @jit

@@ -90,6 +90,14 @@ def test_qknorm_rope_is_the_formula(weights: str) -> None:
     assert torch.equal(torch.cat(groups.unbind(0), 1), y)
 
 
+@pytest.mark.long
+def test_compiled_on_a_cpu_it_turns_in_real_numbers() -> None:
+    inputs = draw_rope((3, 4), 48, torch.float32)
+    function = torch.compile(qknorm_rope.qknorm_rope, fullgraph=True)
+    for a, b in zip(evaluate(function, inputs), evaluate(qknorm_rope.qknorm_rope, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @ALL
 def test_gradients_of_the_references(case: int) -> None:
     leaves, fixed, _ = CASES[case].draw((3, 0, 2) if "flash" not in CASES[case].name else (3, 2), 12, torch.float64)
@@ -224,8 +232,8 @@ def test_fp8_passes_as_a_fake_tensor() -> None:
 def test_cuda_tensors_take_the_kernels(module: ModuleType, name: str, draw: Callable[..., Inputs]) -> None:
     kernels = getattr(module, f"{name}_triton")
     leaves, fixed, _ = draw((2, 3), 24, torch.bfloat16)
-    with FakeTensorMode() as mode, mock.patch.object(module, f"{name}_triton", wraps=kernels) as called:
-        moved = [mode.from_tensor(t).to("cuda") if isinstance(t, Tensor) else t for t in (*leaves, *fixed)]
+    with FakeTensorMode(), mock.patch.object(module, f"{name}_triton", wraps=kernels) as called:
+        moved = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"), [*leaves, *fixed])
         found = getattr(module, name)(*moved)
     called.assert_called_once()
     first = found if isinstance(found, Tensor) else found[0]
