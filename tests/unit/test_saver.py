@@ -296,7 +296,7 @@ from pathlib import Path
 import torch
 from megasora.checkpoint.load import load
 from megasora.checkpoint.save import save
-root, size, count = Path(sys.argv[1]), 8 << 20, 8  # fp32: 32 MiB each
+root, size, count = Path(sys.argv[1]), 4 << 20, 32  # fp32: 16 MiB each
 if sys.argv[2] == "save":
     save(root, 1, {f"model/{i}": torch.full((size,), float(i)) for i in range(count)}, {})
 else:
@@ -311,9 +311,9 @@ else:
 """
 
 
-def test_a_load_needs_one_tensor_more_than_what_it_fills(tmp_path: Path) -> None:
+def test_a_load_needs_few_pieces_more_than_what_it_fills(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for work in ("save", "load"):
         command = [sys.executable, "-c", LOADER, str(tmp_path / "root"), work]
         out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True).stdout
-    assert float(out) < 32 + 40  # MiB: a piece of the checkpoint, and buffers of the verification; all of it has 256
+    assert float(out) < 192  # MiB: some pieces of 16 for each reader, and buffers; all of them are 512
