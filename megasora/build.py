@@ -14,9 +14,10 @@ from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import Engine, TorchNative
 from megasora.errors import ConfigError
 from megasora.microbatch import Recipe, tokens_of
-from megasora.models.attention import find_attention
+from megasora.models.attention import compute_capability, find_attention
 from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
+from megasora.parallel.fp8 import check_fp8
 from megasora.parallel.mesh import Processes
 from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
@@ -27,6 +28,7 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
     find_attention(config.model.attention)
     check_layout(config.model, group.layout)
+    check_fp8(config.precision.fp8, compute_capability())
     if config.eval.every:
         check_rollout(config, group)
     for key, path in (

@@ -331,19 +331,25 @@ class Trainer:
         self.beat.enter(self.step, "show")
         videos = evaluation_videos(self.config, self.group, self.engine)
         if self.journal and videos:
-            directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
-            previews = []
-            for i, (caption, video) in enumerate(videos):
-                previews.append(write_video([video], self.config.sample, directory / f"{i:02d}.mp4"))
-                self.journal.video(f"samples/{i:02d}", video, fps, self.step)
-                self.journal.text(f"samples/{i:02d}", caption, self.step)
-            write_sheet(previews, [caption for caption, _ in videos], directory)
+            try:
+                self.write_samples(self.journal, videos)
+            except OSError as error:
+                log.warning("samples cannot be written now: %s", error)
             scores = score_videos(self.config.eval, videos)
             if scores:
                 self.event("scores", step=self.step, **scores)
                 self.journal.evaluation(scores, self.step)
-            self.event("show", step=self.step, seconds=round(time.perf_counter() - begin, 3), path=str(directory))
-            log.info("samples in %s", directory)
+            self.event("show", step=self.step, seconds=round(time.perf_counter() - begin, 3))
+
+    def write_samples(self, journal: Journal, videos: list[tuple[str, Any]]) -> None:
+        directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
+        previews = []
+        for i, (caption, video) in enumerate(videos):
+            previews.append(write_video([video], self.config.sample, directory / f"{i:02d}.mp4"))
+            journal.video(f"samples/{i:02d}", video, fps, self.step)
+            journal.text(f"samples/{i:02d}", caption, self.step)
+        write_sheet(previews, [caption for caption, _ in videos], directory)
+        log.info("samples in %s", directory)
 
     def event(self, kind: str, **facts: Any) -> None:
         if self.journal:

@@ -19,6 +19,7 @@ from megasora.checkpoint.manifest import (
     FACTS,
     MANIFEST,
     Place,
+    place_of,
     read_manifest,
     size_problem,
     step_name,
@@ -57,6 +58,10 @@ class CheckpointConfig:
         for name in ("timeout", "failure_hours", "fence"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is expected")
+        try:
+            place_of(self.durable)
+        except CheckpointError as error:
+            raise ValueError(f"durable={error}") from None
 
 
 @dataclass(frozen=True)

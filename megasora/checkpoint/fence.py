@@ -54,10 +54,17 @@ def take_fence(run: Path, seconds: float) -> Fence:
 
 
 def job_facts() -> dict[str, Any]:
-    """The scheduler's name for this job and how often it has put it back into the queue."""
-    return {"job": os.environ.get("SLURM_JOB_ID", ""), "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
+    """Which start of which job this is: how often the scheduler has put it back into the queue, and how often the launcher,
+    which ends its workers first, has started them again."""
+    return {
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        "launcher": os.environ.get("MEGASORA_LAUNCHER", ""),
+        "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+    }
 
 
 def is_requeued(owner: dict[str, Any], me: dict[str, Any]) -> bool:
-    """Whether `owner` is an earlier start of the same job."""
-    return bool(me["job"]) and owner.get("job") == me["job"] and owner.get("restart", 0) < me["restart"]
+    """Whether `owner` is an earlier start of the same job, or of the same launcher."""
+    started, now = ((facts.get("restart", 0), facts.get("attempt", 0)) for facts in (owner, me))
+    return started < now and any(me[name] and owner.get(name) == me[name] for name in ("job", "launcher"))

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megasora.checkpoint import manifest
 from megasora.checkpoint.directory import newest_first
-from megasora.checkpoint.manifest import FACTS, Place, Problem, damage, place_of, read_checked
+from megasora.checkpoint.manifest import FACTS, Place, Problem, damage, place_of, read_checked, reason
 from megasora.checkpoint.metadata import CheckedReader, SavedTensor, read_metadata, saved_tensors
 from megasora.checkpoint.ranks import Ranks, failure_of_dcp
 from megasora.errors import CheckpointError
@@ -54,8 +54,8 @@ def load(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(dict(tensors), storage_reader=CheckedReader(path, metadata), planner=planner)
     except CheckpointException as failure:  # a BaseException
-        reason = failure_of_dcp(failure)
-        raise CheckpointError(f"{what}: failed half-way, the tensors are not usable: {reason}") from failure
+        said = failure_of_dcp(failure)
+        raise CheckpointError(f"{what}: failed half-way, the tensors are not usable: {said}") from failure
     return facts
 
 
@@ -93,8 +93,10 @@ def resume_path(root: Place, resume: str, durable: str = "") -> Resume:
         if problems:
             raise damage(named, problems)
         return Resume(named, {})
-    rejected: dict[Place, list[Problem]] = {}
-    for path in Ranks().first(f"listing {root}", lambda: candidates(root, durable)):
+    ranks = Ranks()
+    paths, unreachable = ranks.first(f"listing {root}", lambda: candidates(root, durable))
+    rejected: dict[Place, list[Problem]] = {place_of(durable): [Problem(".", unreachable)]} if unreachable else {}
+    for path in paths:
         problems = verify(path)
         if not problems:
             return Resume(path, rejected)
@@ -105,12 +107,16 @@ def resume_path(root: Place, resume: str, durable: str = "") -> Resume:
     return Resume(None, {})
 
 
-def candidates(root: Place, durable: str = "") -> list[Place]:
-    """All checkpoints of a run, in the order in which to try them."""
-    near, far = newest_first(root), newest_first(place_of(durable)) if durable else []
+def candidates(root: Place, durable: str = "") -> tuple[list[Place], str]:
+    """All checkpoints of a run, in the order in which to try them, and why those in `durable` cannot be listed, if so."""
+    near, unreachable = newest_first(root), ""
+    try:
+        far = newest_first(place_of(durable)) if durable else []
+    except Exception as error:  # of whatever client the address needs
+        far, unreachable = [], f"cannot be listed: {reason(error)}"
     # A copy has the time of its original, and the sort is stable: the nearer one comes first.
     order = sorted([*near, *far], key=lambda info: (info.time is None, info.time or 0, info.step), reverse=True)
-    return [info.path for info in order]
+    return [info.path for info in order], unreachable
 
 
 def _check_fit(

@@ -48,8 +48,11 @@ class Problem:
 
 
 def place_of(address: str | Path) -> Place:
-    """`s3://bucket/run` and the like as fsspec opens them, anything else as a path."""
-    return UPath(address) if "://" in str(address) else Path(address)
+    """`s3://bucket/run` and the like as fsspec opens them, anything else as a path. CheckpointError for an unknown kind."""
+    try:
+        return UPath(address) if "://" in str(address) else Path(address)
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{address}: {error}") from None
 
 
 def step_name(step: int) -> str:

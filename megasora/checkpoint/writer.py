@@ -61,8 +61,12 @@ class _SummingFileSystem(FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
         if mode != "wb":
             raise ValueError(f"{path}: opened for {mode}, not for writing")
-        with _SummedFile(Path(path)) as file:
-            yield file
+        file = _SummedFile(Path(path))
+        try:
+            with file:
+                yield file
+        except RuntimeError as error:
+            raise (file.failure or error) from None  # torch's writer says nothing of why the disk refused
         self.sums[Path(path).name] = FileSum(file.size, file.state.hexdigest())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -76,11 +80,16 @@ class _SummedFile(io.BufferedWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.state, self.size = xxhash.xxh3_64(), 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.state.update(data)
         self.size += memoryview(data).nbytes
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def close(self) -> None:
         try:

@@ -77,7 +77,7 @@ def _account(
     for event in events:
         part = {"save": "checkpoint", "eval": "evaluate", "show": "evaluate"}.get(event["event"])
         if part:
-            own.seconds[part] += event.get("seconds", 0.0)
+            own.seconds[part] += event.get("blocked_s", event.get("seconds", 0.0))  # a save may go on in the background
     first = min((line["time"] - line["step_time_s"] for line in metrics), default=ended)
     own.seconds["start_up"] = max(0.0, first - began)
     own.seconds["other"] = max(0.0, ended - began - sum(own.seconds.values()))

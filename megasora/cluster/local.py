@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from megasora.cluster.agent import SETTLE, Agent, Crew
+from megasora.cluster.origin import node_name, process_start
 from megasora.cluster.signals import catches, collected_signals
 from megasora.errors import ConfigError
 
@@ -77,6 +78,9 @@ def launch_local(
         )  # gloo would look up the host's name, which need not resolve
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     parameters = _rendezvous_parameters(rdzv_endpoint, rdzv_id, nnodes, local_addr)
+    os.environ["MEGASORA_LAUNCHER"] = (
+        f"{node_name()}-{os.getpid()}-{process_start():.2f}"  # the run's fence asks for it
+    )
     _silence_torchrun()
     crew = Crew()
 

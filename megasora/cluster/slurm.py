@@ -29,7 +29,7 @@ class Job:
     nproc: int
     python: str
     directory: Path  # the job's working directory, to which paths in the config are relative
-    log: Path
+    log: Path  # its name with SLURM's %j, or %A and %a
     cache: Path
     time: str
     partition: str = ""
@@ -77,7 +77,8 @@ def _directives(job: Job) -> list[str]:
     }
     lines = [f"#SBATCH --{option}={_word(option, value)}" for option, value in asked.items() if value]
     lines += ["#SBATCH --exclusive", "#SBATCH --requeue"]
-    lines += [f"#SBATCH --chdir={_path('--chdir', job.directory)}", f"#SBATCH --output={_path('--output', job.log)}"]
+    log = Path(str(job.log.parent).replace("%", "%%")) / job.log.name
+    lines += [f"#SBATCH --chdir={_path('--chdir', job.directory)}", f"#SBATCH --output={_path('--output', log)}"]
     return lines + [f"#SBATCH {_word('sbatch', option)}" for option in job.options]
 
 
@@ -124,7 +125,7 @@ def _word(option: str, value: str) -> str:
 
 
 def _path(option: str, path: Path) -> str:
-    """A path as sbatch reads it from a script: in double quotes, which a backslash would escape and a % would fill in."""
+    """A path as sbatch reads it from a script: in double quotes, which a backslash would escape."""
     text = str(path)
     if any(not c.isprintable() or c == "\\" for c in text):
         raise ConfigError(f"{option}={text!r}: SLURM takes no path with a backslash or a line break")

@@ -20,6 +20,7 @@ from megasora.engines.optim import OptimConfig, build_optimizers
 from megasora.models.base import Model
 from megasora.models.packing import PackedRow
 from megasora.parallel.context import ContextAttention
+from megasora.parallel.fp8 import FP8, fp8_context, fp8_tensors, to_fp8
 from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import Processes
 from megasora.parallel.pipeline import Pipeline, Stages, on_all_stages
@@ -52,6 +53,12 @@ class EngineConfig:
     """`bf16` computes in bfloat16 over fp32 master weights, reducing gradients in fp32; timesteps and norms stay fp32."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
+    fp8: FP8 = "none"  # by which recipe the products of blocks are in fp8, with precision=bf16
+    fp8_gather: bool = False  # ZeRO-2 and 3 gather weights as fp8
+
+    def __post_init__(self) -> None:
+        if self.fp8 != "none" and self.precision != "bf16":
+            raise ValueError(f"fp8={self.fp8}: goes with precision.precision=bf16")
 
 
 class Engine(Protocol):
@@ -123,6 +130,7 @@ class TorchNative:
             model.attention = ContextAttention(model.attention, processes.contexts)
         if layout.tp > 1:
             split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
+        to_fp8(model, config.fp8, config.fp8_gather)
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
         recompute(model.blocks.children(), parallel.recompute, parallel.offload)
         lower = config.precision == "bf16"
@@ -246,7 +254,7 @@ class TorchNative:
         for optimizer in self.optimizers:
             for parameter, values in optimizer.state.items():
                 state |= {f"optim/{names[parameter]}/{key}": value for key, value in values.items()}
-        return state
+        return state | fp8_tensors(self.model)
 
     def materialise_optimizer(self) -> None:
         for optimizer in self.optimizers:
@@ -305,7 +313,7 @@ class TorchNative:
 
     def _autocasting(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def cast(model: Callable[..., Tensor], row: Any) -> Tensor:
-            with self._autocast():
+            with self._autocast(), fp8_context(self.config.fp8):
                 return loss(model, row) * self.processes.share
 
         return cast

@@ -132,13 +132,17 @@ def choose(name: str, capability: int | None) -> tuple[str, str]:
     return "sdpa", "torch's own; " + "; ".join(passed)
 
 
+def compute_capability() -> int | None:
+    """Of this machine's GPU, tens and ones; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 @cache
 def find_attention(name: str) -> ChosenAttention:
     """The attention for `model.attention=name` on this machine's device, logged once. Raises ConfigError where it cannot run."""
-    capability = None
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
-    chosen, reason = choose(name, capability)
+    chosen, reason = choose(name, compute_capability())
     log.info("attention: %s (%s)", chosen, reason)
     return ChosenAttention(chosen, forced=name != "auto")

@@ -255,10 +255,20 @@ def forward_macs(config: DiTConfig, shape: Shape, text_tokens: int) -> int:
     D, (T, H, W) = config.width, shape
     tokens = T * H * W
     sequence = tokens + 2 if config.design == "in_context" else tokens
-    block = sequence * (4 * D * D + 2 * D * config.ffn) + 2 * sequence * sequence * D
+    block = sequence * (4 * D * D + 2 * D * config.ffn)
     if config.design == "cross_attention":
-        block += tokens * 2 * D * D + 2 * 2 * D * D + 2 * tokens * 2 * D  # q and out, k and v, both products
+        block += tokens * 2 * D * D + 2 * 2 * D * D  # q and out, k and v
     modulations = {"in_context": 0, "cross_attention": 0, "adaln": 4, "adaln_zero": 6}[config.design]
     embed = 256 * D + D * D + (2 * D * D if config.adaptive else 0)
     ends = tokens * (config.patch_values + config.output_values) * D
-    return config.depth * (block + modulations * D * D) + embed + ends
+    attention = attention_macs(config, shape, text_tokens)
+    return config.depth * (block + modulations * D * D) + attention + embed + ends
+
+
+def attention_macs(config: DiTConfig, shape: Shape, text_tokens: int) -> int:
+    """Of `forward_macs` what both products of attention take."""
+    T, H, W = shape
+    tokens = T * H * W
+    sequence = tokens + 2 if config.design == "in_context" else tokens
+    pairs = sequence * sequence + (2 * tokens if config.design == "cross_attention" else 0)
+    return config.depth * 2 * pairs * config.width

@@ -1,6 +1,6 @@
 """The families of generators and classifiers, by the name in `model.family`, and every preset by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
 AnyModelConfig = (
     video_dit.VideoDiTConfig | mmdit.MMDiTConfig | stdit.STDiTConfig | dit.DiTConfig | vit.ViTConfig | vit.ViViTConfig
 )
-MODELS: dict[str, Callable[[Any], Model[Any]]] = {
+MODELS: dict[str, type[Model[Any]]] = {
     "video_dit": video_dit.VideoDiT,
     "mmdit": mmdit.MMDiT,
     "stdit": stdit.STDiT,

@@ -19,6 +19,20 @@ FORWARD_MACS: dict[str, Callable[[Any, Shape, int], int]] = {
     "vivit": vit.forward_macs,
 }
 
+ATTENTION_MACS: dict[str, Callable[[Any, Shape, int], int]] = {
+    "video_dit": video_dit.attention_macs,
+    "mmdit": mmdit.attention_macs,
+    "stdit": stdit.attention_macs,
+    "dit": dit.attention_macs,
+    "vit": vit.attention_macs,
+    "vivit": vit.attention_macs,
+}
+
+
+def attention_macs(config: Any, shape: Shape, text_tokens: int) -> int:
+    """Of `forward_macs` what both products of attention take, which run at another speed than linear layers."""
+    return ATTENTION_MACS[config.family](config, shape, text_tokens)
+
 
 def forward_macs(config: Any, shape: Shape, text_tokens: int) -> int:
     """Multiply-adds of one sample's forward pass: a `shape` of patches, `text_tokens` valid tokens of its caption."""

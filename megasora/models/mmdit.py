@@ -382,7 +382,7 @@ def forward_macs(config: MMDiTConfig, shape: Shape, text_tokens: int) -> int:
     tokens = T * H * W
     joint = tokens + M
     blocks = config.depth + config.single_depth
-    per_block = joint * (4 * D * D + 2 * D * config.ffn) + 2 * joint * joint * D  # the same in both kinds of blocks
+    per_block = joint * (4 * D * D + 2 * D * config.ffn)  # the same in both kinds of blocks
     modulation = 2 * (6 * config.depth + 3 * config.single_depth) * D * D + 2 * D * D  # of text and run; the head's
     condition = 2 * (256 * D + D * D) + config.pooled_width * D + D * D
     if config.guidance_embed:
@@ -390,7 +390,16 @@ def forward_macs(config: MMDiTConfig, shape: Shape, text_tokens: int) -> int:
     text = M * config.text_width * D
     if config.text == "refiner":
         text += 256 * D + D * D + config.text_width * D + D * D  # its own condition
-        text += config.refiner_depth * (M * 12 * D * D + 2 * M * M * D + 2 * D * D)
-    return (
-        blocks * per_block + modulation + condition + text + tokens * (config.patch_values + config.output_values) * D
-    )
+        text += config.refiner_depth * (M * 12 * D * D + 2 * D * D)
+    ends = tokens * (config.patch_values + config.output_values) * D
+    return blocks * per_block + attention_macs(config, shape, M) + modulation + condition + text + ends
+
+
+def attention_macs(config: MMDiTConfig, shape: Shape, text_tokens: int) -> int:
+    """Of `forward_macs` what both products of attention take."""
+    T, H, W = shape
+    joint = T * H * W + text_tokens
+    pairs = (config.depth + config.single_depth) * joint * joint
+    if config.text == "refiner":
+        pairs += config.refiner_depth * text_tokens * text_tokens
+    return 2 * pairs * config.width

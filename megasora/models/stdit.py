@@ -249,9 +249,17 @@ def forward_macs(config: STDiTConfig, shape: Shape, text_tokens: int) -> int:
     D, (T, H, W) = config.width, shape
     tokens = T * H * W
     block = tokens * (4 * D * D + 2 * D * config.ffn)  # self-attention's linears and the MLP
-    text = 2 * D * D * (tokens + text_tokens) + 2 * D * tokens * text_tokens
-    pairs = T * (H * W) ** 2 + H * W * T**2  # that the spatial and the temporal block see
-    layers = 2 * block + 2 * D * pairs + text * (2 if config.time_text else 1)
+    text = 2 * D * D * (tokens + text_tokens)
+    layers = 2 * block + text * (2 if config.time_text else 1)
     vectors = 256 * D + D * D  # what embeds a timestep, and the frame rate
     embed = text_tokens * (config.text_width * D + D * D) + vectors * (2 if config.fps_condition else 1) + 6 * D * D
-    return config.depth * layers + embed + tokens * (config.patch_values + config.output_values) * D
+    ends = tokens * (config.patch_values + config.output_values) * D
+    return config.depth * layers + attention_macs(config, shape, text_tokens) + embed + ends
+
+
+def attention_macs(config: STDiTConfig, shape: Shape, text_tokens: int) -> int:
+    """Of `forward_macs` what both products of attention take."""
+    T, H, W = shape
+    pairs = T * (H * W) ** 2 + H * W * T**2  # that the spatial and the temporal block see
+    pairs += T * H * W * text_tokens * (2 if config.time_text else 1)
+    return config.depth * 2 * pairs * config.width

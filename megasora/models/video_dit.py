@@ -211,12 +211,20 @@ def forward_macs(config: VideoDiTConfig, shape: Shape, text_tokens: int) -> int:
     tokens = T * H * W
     per_token = 4 * D * D + 2 * D * D + 2 * D * config.ffn  # self-attention, cross-attention's q and out, MLP
     per_text_token = 2 * D * D  # cross-attention's k and v
+    blocks = config.depth * (tokens * per_token + text_tokens * per_text_token)
+    blocks += attention_macs(config, shape, text_tokens)
+    embed = text_tokens * (config.text_width * D + D * D) + 256 * D + D * D + 6 * D * D
+    return blocks + embed + tokens * (config.patch_values + config.output_values) * D
+
+
+def attention_macs(config: VideoDiTConfig, shape: Shape, text_tokens: int) -> int:
+    """Of `forward_macs` what both products of attention take: every pair of a query and a key that it sees."""
+    T, H, W = shape
+    tokens = T * H * W
     pairs = tokens * tokens
     if config.temporal == "chunk_causal":
         pairs = seen_frames(T, config.chunk, config.window) * (H * W) ** 2
-    block = tokens * per_token + text_tokens * per_text_token + 2 * pairs * D + 2 * tokens * text_tokens * D
-    embed = text_tokens * (config.text_width * D + D * D) + 256 * D + D * D + 6 * D * D
-    return config.depth * block + embed + tokens * (config.patch_values + config.output_values) * D
+    return config.depth * 2 * (pairs + tokens * text_tokens) * config.width
 
 
 def seen_frames(frames: int, chunk: int, window: int) -> int:

@@ -170,5 +170,12 @@ def forward_macs(config: ClassifierConfig, shape: Shape, text_tokens: int) -> in
     """Multiply-adds of one sample's forward pass; the class token is one token more."""
     D, (T, H, W) = config.width, shape
     tokens = T * H * W + 1
-    block = tokens * (4 * D * D + 2 * D * config.ffn) + 2 * tokens * tokens * D
-    return config.depth * block + (tokens - 1) * config.patch_values * D + D * config.classes
+    blocks = config.depth * tokens * (4 * D * D + 2 * D * config.ffn) + attention_macs(config, shape, text_tokens)
+    return blocks + (tokens - 1) * config.patch_values * D + D * config.classes
+
+
+def attention_macs(config: ClassifierConfig, shape: Shape, text_tokens: int) -> int:
+    """Of `forward_macs` what both products of attention take."""
+    T, H, W = shape
+    tokens = T * H * W + 1
+    return config.depth * 2 * tokens * tokens * config.width

@@ -1,27 +1,115 @@
-"""What the device could do at best: the denominator of MFU, and the memory meter."""
+"""What devices can do: one table of their numbers, each with its source; the denominator of MFU, and the memory meter."""
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-# Dense peaks in FLOP/s without sparsity, from the vendors' data sheets: bf16 (tensor cores), fp32 (tf32 off).
-PEAKS: dict[str, dict[str, float]] = {
-    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
-    "H100": {"bf16": 989.4e12, "fp32": 66.9e12},
-    "H200": {"bf16": 989.4e12, "fp32": 66.9e12},
-    "B200": {"bf16": 2250e12, "fp32": 75e12},
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks that are reached; `operation` is the time that a call of an operation takes at least, and `overlap`
+    the share of communication that can hide behind computing does."""
+
+    gemm: float
+    attention: float  # of the conventional count, backward being twice the forward
+    memory: float
+    link: float
+    network: float
+    operation: float = 0.0  # seconds
+    overlap: float = 1.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one device can do. Bytes and bytes per second; a link's and a network's are one device's, in one direction."""
+
+    name: str
+    peaks: dict[str, float]  # dense FLOP/s by precision
+    memory: float
+    bandwidth: float
+    link: float  # to the devices of its node
+    node: int  # devices of a node
+    network: float  # to other nodes
+    reserved: float  # of its memory: context, communication, allocator
+    efficiency: Efficiency
+    sources: dict[str, str] = field(default_factory=dict)
+    latency: float = 5e-6  # seconds of a collective, besides its bytes
+
+
+SHEET = {
+    "H100": "NVIDIA H100 Tensor Core GPU data sheet (2023): SXM5, dense; NVLink 900 GB/s both ways",
+    "H200": "NVIDIA H200 Tensor Core GPU data sheet (2024): SXM, dense; NVLink 900 GB/s both ways",
+    "A100": "NVIDIA A100 80GB data sheet (2021): SXM4, dense; NVLink 600 GB/s both ways",
+    "B200": "NVIDIA DGX B200 data sheet (2024), an eighth of it, dense; NVLink 1.8 TB/s both ways",
 }
+MEASURED = (
+    "benchmarks/reports/2026-11-26-bench-wan-1.3b-bf16-cuda.json: this project's own step and GEMM on an H100 80GB HBM3"
+)
+HOPPER = Efficiency(gemm=0.72, attention=0.44, memory=0.62, link=0.78, network=0.80, operation=67e-6, overlap=0.9)
+RESERVED = 3.0 * GIB  # CUDA context 0.6, NCCL 1.5 for half a dozen groups, cuBLAS's and the allocator's own
+ASSUMED = "assumed, not measured by this project: fit it with plan --calibrate"
+
+
+def sources(name: str, rails: str, efficiency: str) -> dict[str, str]:
+    return {
+        "peaks, bandwidth, link": SHEET[name],
+        "memory": "torch.cuda.get_device_properties",
+        "network": rails,
+        "efficiency": efficiency,
+        "reserved": "context, NCCL's buffers and cuBLAS's workspace; " + ASSUMED,
+    }
+
+
+# By what a GPU's name holds; the first that fits counts.
+DEVICES: dict[str, Device] = {
+    "H100 PCIe": Device(
+        "H100 PCIe", {"bf16": 756e12, "fp32": 51e12}, 79.1 * GIB, 2.0e12, 64e9, 8, 25e9, RESERVED, HOPPER,
+        {"peaks, bandwidth, link": "NVIDIA H100 PCIe data sheet (2022), PCIe 5.0 x16", "efficiency": ASSUMED},
+    ),
+    "H100": Device(
+        "H100", {"bf16": 989.4e12, "fp32": 66.9e12}, 79.1 * GIB, 3.35e12, 450e9, 8, 50e9, RESERVED, HOPPER,
+        sources("H100", "DGX H100: a ConnectX-7 of 400 Gb/s a GPU", MEASURED + "; links: NCCL's bus bandwidth, assumed"),
+    ),
+    "H200": Device(
+        "H200", {"bf16": 989.4e12, "fp32": 66.9e12}, 139.7 * GIB, 4.8e12, 450e9, 8, 50e9, RESERVED, HOPPER,
+        sources("H200", "DGX H200: a ConnectX-7 of 400 Gb/s a GPU", "the H100's; " + ASSUMED),
+    ),
+    "B200": Device(
+        "B200", {"bf16": 2250e12, "fp32": 75e12}, 178.3 * GIB, 8.0e12, 900e9, 8, 50e9, RESERVED,
+        Efficiency(gemm=0.68, attention=0.4, memory=0.62, link=0.75, network=0.80, operation=67e-6, overlap=0.9),
+        sources("B200", "DGX B200: a ConnectX-7 of 400 Gb/s a GPU", ASSUMED),
+    ),
+    "A100": Device(
+        "A100", {"bf16": 312e12, "fp32": 19.5e12}, 79.2 * GIB, 2.039e12, 300e9, 8, 25e9, RESERVED,
+        Efficiency(gemm=0.74, attention=0.5, memory=0.7, link=0.78, network=0.80, operation=67e-6, overlap=0.9),
+        sources("A100", "DGX A100: a ConnectX-6 of 200 Gb/s a GPU", ASSUMED),
+    ),
+}  # fmt: skip
+# A device that overlaps nothing and has no node: this machine's processes, over loopback.
+CPU_EFFICIENCY = Efficiency(gemm=0.8, attention=0.4, memory=1.0, link=1.0, network=1.0, operation=15e-6, overlap=0.0)
+
+
+def this_cpu(peaks: dict[str, float], share: int = 1) -> Device:
+    """This machine as the device of one of `share` processes; `peaks` by precision, as `gemm_peak` measures them."""
+    pages = Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]
+    return Device(
+        "cpu", peaks, int(pages) * 1024 / share, 6e9, 0.8e9, 2**20, 0.8e9, 0.0, CPU_EFFICIENCY,
+        {"peaks": "the best matrix product measured now", "memory": "/proc/meminfo, shared by the processes",
+         "bandwidth, link, network, efficiency": ASSUMED}, latency=200e-6,
+    )  # fmt: skip
 
 
 def device_peak(device: torch.device, precision: str) -> float:
     """FLOP/s: the data sheet's for a known GPU, else (and on every CPU) the best GEMM measured now, 0.2 s."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for known, peaks in PEAKS.items():
+        for known, found in DEVICES.items():
             if known in name:
-                return peaks[precision]
+                return found.peaks[precision]
     return gemm_peak(device, precision)
 
 

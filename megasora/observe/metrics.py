@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,38 +109,52 @@ class Journal:
 
     def scalars(self, metrics: StepMetrics) -> None:
         """One point of every TensorBoard curve."""
-        if self.board:
-            values = asdict(metrics)
-            for tag, key in TENSORBOARD.items():
-                self.board.add_scalar(tag, values[key], metrics.step)
-            self.board.add_scalar(f"loss/stage_{metrics.stage}", metrics.loss, metrics.step)
-            for bucket, samples in metrics.bucket.items():
-                self.board.add_scalar(f"data/bucket_{bucket}", samples, metrics.step)
+        with self._surviving():
+            if self.board:
+                values = asdict(metrics)
+                for tag, key in TENSORBOARD.items():
+                    self.board.add_scalar(tag, values[key], metrics.step)
+                self.board.add_scalar(f"loss/stage_{metrics.stage}", metrics.loss, metrics.step)
+                for bucket, samples in metrics.bucket.items():
+                    self.board.add_scalar(f"data/bucket_{bucket}", samples, metrics.step)
 
     def evaluation(self, values: dict[str, float], step: int) -> None:
         """Points of the curves under eval/."""
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"eval/{name}", value, step)
+        with self._surviving():
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(f"eval/{name}", value, step)
 
     def video(self, tag: str, frames: Any, fps: float, step: int) -> None:
         """A sample, uint8 [T, H, W, 3], as an animated image."""
-        if self.board:
-            from tensorboard.compat.proto.summary_pb2 import Summary
+        with self._surviving():
+            if self.board:
+                from tensorboard.compat.proto.summary_pb2 import Summary
 
-            _, H, W, _ = frames.shape
-            image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=encode_gif(frames, fps))
-            self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+                _, H, W, _ = frames.shape
+                image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=encode_gif(frames, fps))
+                self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        if self.board:
-            self.board.add_text(tag, text, step)
+        with self._surviving():
+            if self.board:
+                self.board.add_text(tag, text, step)
 
     def close(self) -> None:
         self.metrics.close()
         self.events.close()
-        if self.board:
-            self.board.close()
+        with self._surviving():
+            if self.board:
+                self.board.close()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """TensorBoard's writer does not outlive a full disk: it is given up, until the next start. metrics.jsonl has it all."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("no more TensorBoard in this run: %s", error)
+            self.board = None
 
 
 class Lines:

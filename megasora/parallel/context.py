@@ -108,6 +108,8 @@ def tokens_apart(x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Ten
 def by_sample(parts: tuple[Lengths, ...]) -> tuple[Tensor, Tensor] | None:
     """The order that puts each sample's tokens side by side when the parts come one after the other, and its inverse; None where
     they lie so already."""
+    if len(parts[0]) == 1:
+        return None
     lengths = torch.tensor(parts)  # [parts, S]
     owners = torch.arange(lengths.shape[1]).repeat(len(parts)).repeat_interleave(lengths.flatten())  # [L]
     if bool((owners.diff() >= 0).all()):

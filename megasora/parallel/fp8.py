@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megasora_kernels.fp8_linear import fp8_linear
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ FP8 = Literal["none", "tensor", "row", "block", "delayed", "te_block"]
 TORCHAO = {"tensor": "tensorwise", "row": "rowwise"}  # its names
 TE = ("delayed", "te_block")
 AMAX_HISTORY = 16  # steps
-MULTIPLE = 16  # of both sizes of a weight, and of the tokens
+MULTIPLE = 16  # of both sizes of a weight, and of the tokens (`in_sixteens`)
 
 
 class Fp8Linear(nn.Linear):
@@ -149,10 +150,20 @@ def block_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return fp8_linear(x.to(dtype), weight, bias)
 
 
+def in_sixteens(product: Product) -> Product:
+    """Takes any number of tokens: captions come as they are, and fp8 products want multiples. Rows of zeros change no scale."""
+
+    def padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        more = -len(x) % MULTIPLE
+        return product(F.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)] if more else product(x, weight, bias)
+
+    return padded
+
+
 PRODUCTS: dict[str, Product] = {
-    "tensor": partial(torchao_product, "tensor"),
-    "row": partial(torchao_product, "row"),
-    "block": block_product,
+    "tensor": in_sixteens(partial(torchao_product, "tensor")),
+    "row": in_sixteens(partial(torchao_product, "row")),
+    "block": in_sixteens(block_product),
 }
 
 

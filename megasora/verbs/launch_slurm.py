@@ -24,6 +24,7 @@ from megasora.schema import Config
 from megasora.verbs.launch import SLURM_VERBS, check_numbers
 
 SHARED = ("train", "bench", "doctor")  # verbs whose processes work together; the others of a node work for themselves
+ALONE = ("prepare", "parity", "doctor", "accept", "train-vae")  # verbs that want one process a node
 ARRAYS = ("prepare", "encode")  # verbs whose tasks share the work without meeting
 
 
@@ -110,7 +111,7 @@ def choices(sweep: list[str]) -> list[tuple[str, ...]]:
 
 def describe(args: argparse.Namespace, configs: list[Config], arguments: list[str], run: Path, snapshot: Path) -> Job:
     """The job that the options ask for."""
-    nproc = args.nproc or (1 if args.verb in ("prepare", "parity", "doctor") else max(1, args.gpus_per_node))
+    nproc = args.nproc or (1 if args.verb in ALONE else max(1, args.gpus_per_node))
     layouts = {args.nodes: ""}
     for config in configs if args.verb in ("train", "bench") else []:
         parse_layout(config.parallel.layout, args.nodes * nproc)

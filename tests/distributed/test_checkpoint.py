@@ -20,6 +20,7 @@ from megasora.checkpoint.directory import CheckpointConfig, list_checkpoints
 from megasora.checkpoint.load import load, resume_path, verify
 from megasora.checkpoint.metadata import read_metadata, saved_tensors
 from megasora.checkpoint.save import prune, save
+from megasora.checkpoint.saver import Saver
 from megasora.errors import CheckpointError
 from tests.harness import run_distributed
 
@@ -124,6 +125,33 @@ def failures(root: Path) -> dict[str, str]:
     return told
 
 
+def in_the_background(root: Path) -> list[str]:
+    """As stages of a pipeline save: each its own names, and a shared one. One rank's full disk is told to both."""
+    rank = dist.get_rank()
+    made = Saver(root, CheckpointConfig(keep_last=1), None, torch.device("cpu"))
+    tensors = {f"model/stage{rank}": torch.full((3000,), float(rank)), "model/shared": torch.ones(4)}
+    made.start(1, tensors, {})
+    for tensor in tensors.values():
+        tensor.zero_()
+    saved = made.finish()
+    assert saved is not None
+    every = {"model/stage0": torch.zeros(3000), "model/stage1": torch.zeros(3000), "model/shared": torch.zeros(4)}
+    load(saved.path, every)
+    assert [tensor.unique().tolist() for tensor in every.values()] == [[0.0], [1.0], [1.0]]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    made.start(2, tensors, {})
+    told = [refused(made.finish)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    made.start(3, tensors, {})
+    saved = made.finish()
+    assert saved is not None
+    assert verify(saved.path) == []
+    assert [info.step for info in list_checkpoints(root)] == [3]
+    return told
+
+
 def damage_found_by_either(root: Path) -> list[str]:
     """Each rank checks half of the files; a flipped bit in any of them is known to both."""
     path = save(root, 1, {f"model/{dist.get_rank()}": torch.ones(300), "model/both": torch.ones(3)}, {})
@@ -153,19 +181,20 @@ def damage_found_by_either(root: Path) -> list[str]:
     return files
 
 
-def on_two(directory: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+def on_two(directory: Path) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
     """The whole tensors come back as arrays: a tensor in a queue is a handle that dies with its process."""
     from_one = zeroed(trained(build()))
     load(directory / "one" / "step-00000002", from_one)
     assert same(from_one, trained(build()))
     arrays = {name: tensor.numpy() for name, tensor in saved_sharded(directory / "two").items()}
-    return arrays, failures(directory / "failures"), damage_found_by_either(directory / "bits")
+    behind = in_the_background(directory / "background")
+    return arrays, failures(directory / "failures"), damage_found_by_either(directory / "bits"), behind
 
 
 def test_two_processes(tmp_path: Path) -> None:
     reference = trained(build())
     save(tmp_path / "one", 2, reference, {})
-    (arrays, told, files), (arrays_1, told_1, _) = run_distributed(on_two, 2, tmp_path)
+    (arrays, told, files, behind), (arrays_1, told_1, _, behind_1) = run_distributed(on_two, 2, tmp_path)
 
     expected = {name: torch.from_numpy(array) for name, array in arrays.items()}
     for name, tensor in reference.items():  # what FSDP2 trained is what one process trains
@@ -181,6 +210,8 @@ def test_two_processes(tmp_path: Path) -> None:
     }
 
     assert told == told_1
+    assert behind == behind_1
+    assert os.strerror(errno.EFBIG) in behind[0]
     too_large = os.strerror(errno.EFBIG)
     assert told["disk"].endswith(f"failures: rank 1: OSError: [Errno {errno.EFBIG}] {too_large}")
     assert told["disk, same step"].endswith(too_large)

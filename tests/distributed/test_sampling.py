@@ -46,7 +46,7 @@ def differences(cases: list[tuple[str, str]]) -> list[float]:
         for guidance in (1.0, 3.0):
             settings = SampleConfig(steps=2, guidance=guidance)
             made = []
-            for predict, multiple in ((whole, 1), (engine.predict, group.part[1])):
+            for predict, multiple in ((whole, 1), (engine.predict, group.part(parsed.cp)[1])):
                 one = Generator(predict, config.model, objective, "flow", settings, group.device, multiple=multiple)
                 if family == "chunks":
                     made.append(torch.cat(list(one.rollout(SHAPE, prompt)), dim=1))
@@ -70,7 +70,7 @@ def text(seed: int) -> Text:
 
 
 CASES = {
-    2: [("video_dit", layout) for layout in ("cp2", "cp1x2", "tp2", "tp2:nosp", "pp2", "dp2,zero2")]
+    2: [("video_dit", layout) for layout in ("cp2:dynamic", "cp1x2", "tp2", "tp2:nosp", "pp2", "dp2,zero2")]
     + [(family, layout) for family in ("mmdit", "chunks") for layout in ("tp2", "cp2")] + [("stdit", "tp2")],
     4: [(family, "tp2,cp2") for family in ("refiner", "chunks", "stdit")]
     + [("video_dit", "tp2,cp1x2"), ("dit", "tp4"), ("mmdit", "pp2,tp2"), ("mmdit", "dp2,cp2,zero3")],

@@ -147,6 +147,7 @@ class Storm:
     cost: list[dict[str, Any]] = field(default_factory=list)
     layout: tuple[int, str] = FIXED
     job: Job | None = None  # that runs now
+    deck: list[Callable[["Storm", Job], None]] = field(default_factory=list)  # of faults to come
 
     def __post_init__(self) -> None:
         self.run = self.config.parent / self.name
@@ -168,8 +169,10 @@ class Storm:
 
     def round(self) -> None:
         """One fault, and the start after it up to where the fault was."""
-        kinds = [kind for kind in FAULTS if kind is not moved or len(self.layouts) > 1]
-        fault = self.chance.choice(kinds)
+        if not self.deck:  # each kind comes before any comes again
+            self.deck = [kind for kind in FAULTS if kind is not moved or len(self.layouts) > 1]
+            self.chance.shuffle(self.deck)
+        fault = self.deck.pop()
         job = self.job or self.start(UNENDING)
         moment = job.step + self.chance.choice((1, EVERY, 2 * EVERY))
         job.until("its moment", lambda: job.step >= moment)

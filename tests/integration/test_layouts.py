@@ -71,6 +71,26 @@ def test_samples_of_several_processes(layout: str, road: Road) -> None:
     assert np.abs(made[1][0] - made[1][1]).mean() > 1
 
 
+HUNDRED = (
+    "--data.capacity=256",
+    "--data.row_multiple=256",
+    "--stages.0.steps=30",
+    "--stages.1.steps=70",
+    "--run.steps=100",
+)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_hundred_steps_on_four_processes(road: Road) -> None:
+    alone = ("--checkpoint.every=100", "--eval.every=0", *HUNDRED)
+    road.run("train", f"--run.dir={road.directory / 'hundred-alone'}", *alone)
+    for name, layout in (("stages", "pp2,dp1,tp2"), ("contexts", "dp2,cp2,zero2")):
+        run = road.directory / f"hundred-{name}"
+        road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *alone, nproc=4)
+        assert losses(road, run.name) == pytest.approx(losses(road, "hundred-alone"), rel=1e-4)
+
+
 def test_parity_is_one_command(road: Road) -> None:
     done = road.run("parity", "--layout=dp1,tp2", "--layout=cp1x2", "--json")
     found = json.loads(done.stdout)["layouts"]

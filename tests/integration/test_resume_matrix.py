@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megasora.cluster.heartbeat import heartbeat
 from megasora.cluster.signals import StopRequest
 from megasora.config import load_config
 from megasora.observe.metrics import history
@@ -46,11 +47,12 @@ def train_all(config: Path, tasks: Sequence[Task]) -> None:
         group = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), parsed, mesh)
         overrides = [f"--run.dir={run}", f"--parallel.layout={layout}", f"--run.steps={steps}", "--stages.0.steps=10",
                      f"--checkpoint.every={FIRST}", "--checkpoint.keep_last=9", "--observe.tensorboard=false"]  # fmt: skip
-        trainer = Trainer(load_config(config, overrides), group, StopRequest())
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+        with heartbeat(group.rank) as beat:
+            trainer = Trainer(load_config(config, overrides), group, StopRequest(), beat)
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
 
 
 def train_by_world(config: Path, tasks: Sequence[tuple[str, str, int]]) -> None:

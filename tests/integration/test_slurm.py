@@ -224,13 +224,15 @@ def test_the_time_limit_saves_and_requeues(road: Road, cluster: Cluster, launch:
 
 @pytest.mark.long
 def test_a_sweep_is_an_array_of_runs(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
-    run = road.directory / "sweep"
+    run = road.directory / 'sweep $(touch gone); it\'s "one" & 100%'
     job = launch("train", f"--run.dir={run}", "--run.steps=2", "--sweep", "run.seed=3;4", nproc=1)
     wait_for_array(cluster, job)
     seeds = [yaml.safe_load((run / f"{i:04d}" / "config.yaml").read_text())["run"]["seed"] for i in range(2)]
     assert seeds == [3, 4]
     assert all([m["step"] for m in history(run / f"{i:04d}")] == [1, 2] for i in range(2))
     assert history(run / "0000")[0]["loss"] != history(run / "0001")[0]["loss"]
+    assert sorted(path.name for path in (run / "logs").iterdir()) == [f"slurm-{job}_{i}.out" for i in range(2)]
+    assert not list(road.directory.rglob("gone"))
 
 
 @pytest.mark.long

@@ -467,7 +467,9 @@ def test_kill_at_any_instant_leaves_the_old_or_the_new() -> None:
 def call(*words: str) -> None:
     parser = argparse.ArgumentParser()
     ckpt.add_arguments(parser)
-    ckpt.run(parser.parse_args(words))
+    args = parser.parse_args(words)
+    args.overrides = []
+    ckpt.run(args)
 
 
 def test_ckpt_verbs(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,3 +211,19 @@ def test_delayed_scalings_state_is_named_and_live() -> None:
     )
     state["fp8/1/scaling_fwd/scale"].fill_(7)
     assert model[1].fp8_meta["scaling_fwd"].scale[0] == 7
+
+
+@RECIPES
+def test_any_number_of_tokens(recipe: fp8.FP8) -> None:
+    """A caption of 13 tokens gives what it gives among 16, the others being zero; gradients too."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(32, 48, requires_grad=True), torch.randn(32, requires_grad=True)
+    x = torch.randn(13, 48)
+    found = []
+    for given in (x, F.pad(x, (0, 0, 0, 3))):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = fp8.PRODUCTS[recipe](given, weight, bias)[:13]
+        found.append((y, torch.autograd.grad(y.float().square().sum(), (weight, bias))))
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-1)

@@ -11,6 +11,7 @@ LAYERS = [
     ("megasora.cli",),
     ("megasora.verbs",),
     ("megasora.trainer", "megasora.bench", "megasora.parity", "megasora.replay"),
+    ("megasora.planner",),
     ("megasora.evaluation",),
     ("megasora.rendering",),
     (

@@ -1,6 +1,7 @@
+import resource
 from pathlib import Path
 
-from megasora.observe.metrics import Journal, StepMetrics, console_line, history, read_lines
+from megasora.observe.metrics import Journal, Lines, StepMetrics, console_line, history, read_lines
 from megasora.resume import logged_replacements
 
 
@@ -56,3 +57,21 @@ def test_a_replay_takes_the_replacements_of_the_log(tmp_path: Path) -> None:
         journal.event("bad_sample", segment=segment, position=7, key="a", reason="torn", by=by)
         journal.close()
     assert logged_replacements(tmp_path) == {0: {7: "b"}, 1: {7: "c"}}
+
+
+def test_lines_wait_where_the_disk_is_full(tmp_path: Path) -> None:
+    """The kernel's own refusal: no file of this process may grow any more. Nothing is lost, and nothing is torn."""
+    lines = Lines(tmp_path / "x.jsonl")
+    lines.write({"step": 1})
+    size = (tmp_path / "x.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, hard))
+    try:
+        for step in (2, 3):
+            lines.write({"step": step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [line["step"] for line in read_lines(tmp_path / "x.jsonl")] == [1]
+    lines.write({"step": 4})
+    lines.close()
+    assert [line["step"] for line in read_lines(tmp_path / "x.jsonl")] == [1, 2, 3, 4]

@@ -259,6 +259,26 @@ def test_a_copy_without_its_manifest_does_not_count(tmp_path: Path, monkeypatch:
     assert values(saved.path) == {2}
 
 
+def test_a_durable_store_that_went_away_hinders_no_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, far = save(tmp_path / "near", 1, make(1), {}), tmp_path / "far"
+    far.mkdir()
+    iterdir = Path.iterdir
+
+    def stale(place: Path) -> Iterator[Path]:
+        if place == far:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return iterdir(place)
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    found = resume_path(tmp_path / "near", "auto", str(far))
+    assert found.path == path
+    assert found.rejected[far][0].reason == "cannot be listed: Stale file handle"
+    with pytest.raises(CheckpointError, match=r"no good checkpoint.*cannot be listed"):  # it may have some: not anew
+        resume_path(tmp_path / "empty", "auto", str(far))
+    with pytest.raises(CheckpointError, match="bogus://x"):
+        resume_path(tmp_path / "near", "bogus://x")
+
+
 def test_what_rots_before_it_is_copied_is_no_copy(tmp_path: Path) -> None:
     path = save(tmp_path / "near", 1, make(1), {})
     shard = path / "__0_0.distcp"

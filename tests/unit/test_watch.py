@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megasora.checkpoint.fence import is_requeued
 from megasora.cli import main
 from megasora.cluster.doctor import Finding, Limits, examine, gpu_findings
 from megasora.cluster.goodput import PARTS, goodput
@@ -115,6 +116,18 @@ def test_a_warning_has_a_deadline_and_a_cancellation_has_none(monkeypatch: pytes
     assert 29 < request.seconds_left <= 30
 
 
+def test_a_later_start_of_the_same_job_or_launcher_takes_over() -> None:
+    owner = {"job": "7", "restart": 1, "launcher": "n1-5", "attempt": 1}
+    alone = owner | {"job": ""}
+    assert is_requeued(owner, owner | {"restart": 2, "attempt": 0, "launcher": "n2-6"})
+    assert is_requeued(owner, owner | {"attempt": 2, "launcher": "n2-6"})
+    assert is_requeued(alone, alone | {"attempt": 2})
+    assert not is_requeued(owner, owner)
+    assert not is_requeued(owner, owner | {"attempt": 0})
+    assert not is_requeued(owner, {"job": "8", "restart": 2, "launcher": "n2-6", "attempt": 0})
+    assert not is_requeued(alone, alone | {"launcher": "n2-6", "attempt": 2})
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Two attempts: 4 steps of 2 s, of which the last is lost; 3 s to start, a save of 1 s; 10 s in the queue; 2 steps."""
@@ -127,7 +140,7 @@ def run(tmp_path: Path) -> Path:
     ]  # fmt: skip
     events = [
         {"attempt": 0, "event": "start", "time": 102.0, "began": 100.0, "job": "17", "world": 4},
-        {"attempt": 0, "event": "save", "time": 108.0, "seconds": 1.0},
+        {"attempt": 0, "event": "save", "time": 108.0, "seconds": 9.0, "blocked_s": 1.0},
         {"attempt": 1, "event": "start", "time": 125.0, "began": 122.0, "job": "17", "world": 4},
     ]
     for name, lines in (("metrics", metrics), ("events", events)):

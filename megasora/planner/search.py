@@ -1,0 +1,143 @@
+"""All layouts of so many devices, best first, and what else a search can answer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megasora.errors import ConfigError
+from megasora.observe.hardware import GIB, Device
+from megasora.parallel.layout import Layout
+from megasora.parallel.plan import check_layout
+from megasora.planner.job import Job, Recompute
+from megasora.planner.memory import memory
+from megasora.planner.plan import Plan, build_plan, label, single_sample_step
+from megasora.planner.stages import blocks_of
+from megasora.planner.step_time import Step
+
+POLICIES: list[tuple[Recompute, int]] = [("none", 1), ("selective", 1), ("full", 2), ("full", 1)]
+# A job on a layout with what it recomputes, and its steps. Raises ConfigError where they do not go together.
+Make = Callable[[Layout, Recompute, int], tuple[Job, Sequence[Step]]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout and what became of it: a plan, or why there is none."""
+
+    name: str
+    plan: Plan | None
+    why: str = ""
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def layouts(world: int, node: int, model: Any) -> Iterator[Layout]:
+    """Of so many devices: tensor groups within a node, at most so many heads and blocks as there are."""
+    for tp in (d for d in divisors(world) if d <= node):
+        for pp in (d for d in divisors(world // tp) if d <= blocks_of(model) and d <= 32):
+            for ulysses in (d for d in divisors(world // tp // pp) if tp * d <= model.heads):
+                for ring in divisors(world // tp // pp // ulysses):
+                    dp = world // (tp * pp * ulysses * ring)
+                    base = Layout(pp=pp, ulysses=ulysses, ring=ring, tp=tp)
+                    for schedule in ("1f1b", "interleaved") if pp > 1 else ("1f1b",):
+                        yield from with_zero(replace(base, schedule=schedule), dp, node)
+
+
+def with_zero(base: Layout, dp: int, node: int) -> Iterator[Layout]:
+    """Ways to keep the state of `dp` data-parallel ranks, the context-parallel ones among them."""
+    yield replace(base, dp_replicate=dp, zero=0)
+    if dp * base.cp == 1:
+        return
+    yield replace(base, dp_shard=dp, zero=1)
+    if base.pp == 1:  # gathering weights in every row of a pipeline pays nowhere
+        yield replace(base, dp_shard=dp, zero=2)
+        yield replace(base, dp_shard=dp, zero=3)
+        inside = max(1, node // (base.tp * base.cp))
+        if 1 < inside < dp and dp % inside == 0:
+            yield replace(base, dp_replicate=dp // inside, dp_shard=inside, zero=3)
+
+
+def search(
+    make: Make, world: int, device: Device, model: Any, policies: Sequence[tuple[Recompute, int]] = POLICIES
+) -> list[Candidate]:
+    """Every layout once, with the cheapest recomputation that fits: those that fit by their time, then those that do not."""
+    found = []
+    for layout in layouts(world, device.node, model):
+        try:
+            check_layout(model, layout)
+        except ConfigError:
+            continue
+        found.append(best_policy(make, layout, device, policies))
+    return sorted(found, key=lambda one: one.plan.time.seconds if one.plan and one.plan.fits else float("inf"))
+
+
+def best_policy(
+    make: Make, layout: Layout, device: Device, policies: Sequence[tuple[Recompute, int]] = POLICIES
+) -> Candidate:
+    """A layout with as little recomputed as fits."""
+    room = device.memory - device.reserved
+    try:
+        job, steps = make(layout, *policies[-1])
+    except ConfigError as error:
+        return Candidate(str(layout), None, str(error))
+    needed = memory(job).total  # where most is computed again: else nothing helps
+    for recompute, every in policies if needed <= room else ():
+        job = replace(job, recompute=recompute, every=every)
+        if memory(job).total <= room:
+            plan = build_plan(job, steps, device)
+            if plan.fits:
+                return Candidate(label(job), plan)
+    return Candidate(str(layout), None, f"needs {needed / GIB:.0f} GiB even where all is recomputed")
+
+
+def reasons(found: Sequence[Candidate]) -> list[str]:
+    """Why each is not the best: the part of its step that is longer by most."""
+    best = found[0].plan
+    said = []
+    for one in found:
+        if one.plan is None or best is None:
+            said.append(one.why)
+        elif one.plan is best:
+            said.append("best")
+        else:
+            ours, theirs = best.time.parts, one.plan.time.parts
+            more = {name: theirs.get(name, 0.0) - ours.get(name, 0.0) for name in theirs.keys() | ours.keys()}
+            worst = max(more, key=lambda name: more[name])
+            said.append(f"{worst} {more[worst]:+.2f} s")
+    return said
+
+
+def fewest(make: Make, device: Device, model: Any, most: int = 16384) -> Plan | None:
+    """The least number of devices (a power of two up to a node, then whole nodes doubled) on which some layout fits."""
+    world = 1
+    while world <= most:
+        for candidate in search(make, world, device, model, policies=[("full", 1)]):
+            if candidate.plan is not None:
+                return min(
+                    (one.plan for one in search(make, world, device, model) if one.plan), key=lambda p: p.time.seconds
+                )
+        world *= 2
+    return None
+
+
+def longest(job: Job, device: Device, grid: tuple[int, int], text: int) -> tuple[int, Plan] | None:
+    """The most latent frames of H x W patches of which one sample a data-parallel rank fits, and how."""
+
+    def fitting(frames: int) -> Plan | None:
+        def make(layout: Layout, recompute: Recompute, every: int) -> tuple[Job, Sequence[Step]]:
+            steps = [single_sample_step((frames, *grid), text, layout)]
+            row = steps[0].rows[0][0]
+            return replace(job, layout=layout, row=row, rows=1, recompute=recompute, every=every), steps
+
+        found = search(make, job.layout.world, device, job.model, policies=[("full", 1)])
+        return found[0].plan if found else None
+
+    low, high, best = 0, 1, None
+    while (plan := fitting(high)) is not None:
+        low, high, best = high, 2 * high, plan
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        plan = fitting(middle)
+        low, high, best = (middle, high, plan) if plan is not None else (low, middle, best)
+    return (low, best) if best is not None else None
