@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megasora.build import build_recipe
 from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import EngineConfig, TorchNative
+from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, training_loss
 from megasora.models.families import build_model
 from megasora.models.packing import Item, pack
@@ -61,6 +62,9 @@ def alone(job: Job) -> Job:
 def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
     """Builds and steps `alone(job)` as that rank. No process group may be there; none is left."""
     job = alone(job)
+    if job.ddp:
+        nearest = replace(job.layout, zero=1)
+        raise ConfigError(f"parallel.layout={job.layout}: DDP does not take fake tensors; nearest is {nearest}")
     with fake_processes(job, rank) as group, FakeTensorMode(allow_non_fake_inputs=True):
         engine = TorchNative(
             partial(undrawn, job), 0, group, ParallelConfig(recompute=job.policy),
