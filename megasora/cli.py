@@ -26,7 +26,7 @@ VERBS: dict[str, str] = {
     "sample": "prompts -> mp4 and a contact sheet, from a checkpoint",
     "bench": "measure the training step: a table and JSON",
     "parity": "check that layouts compute what one process computes",
-    "plan": "list the presets and their parameters",
+    "plan": "before the queue: does it fit, how fast, which layout is best",
     "replay": "one step of a run again, sample by sample",
     "ckpt": "list, verify, convert, export, compare and average checkpoints",
     "doctor": "is this node, and are the links between nodes, fit for a job?",

@@ -144,7 +144,7 @@ class TorchNative:
         self.pipeline = None
         if stages is not None:
             dtype = torch.bfloat16 if lower else torch.float32
-            self.pipeline = Pipeline(stages, model.config.width, dtype, processes.device)
+            self.pipeline = Pipeline(stages, model.config.width, dtype, processes.device, self._lower)
         self.root: nn.Module = stages or model  # what FSDP2 knows as the root
         # DDP overlaps its reduction with backward, but takes neither split parameters nor several rows at once.
         ddp = layout.zero == 0 and layout.dp * layout.cp > 1 and layout.tp * layout.pp == 1
@@ -159,14 +159,15 @@ class TorchNative:
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[Answering, Row], Tensor]) -> Tensor:
         mine = [self._mine(row) for row in rows]
         if self.pipeline is not None:
-            total = self.pipeline.step(mine, self._autocasting(loss), self._backward)
+            total = self.pipeline.step(mine, self._share_of(loss), self._backward)
         else:
             total = torch.zeros((), device=self.processes.device)
             for i, row in enumerate(mine):
                 last = i == len(mine) - 1
                 unsynced = isinstance(self.wrapped, DistributedDataParallel) and not last
                 with self.wrapped.no_sync() if unsynced else nullcontext():  # type: ignore[operator]
-                    value = self._autocasting(loss)(self.wrapped, row)
+                    with self._lower():
+                        value = self._share_of(loss)(self.wrapped, row)
                     self._backward(value, None, last)
                 total += value.detach()
         self._reduce()
@@ -292,12 +293,12 @@ class TorchNative:
             index, parts = index % shared, shared
         mine = row.part(index, parts, shared) if parts > 1 else row
         mesh = self.processes.mesh
-        with self._autocast():
-            if self.pipeline is None:
+        if self.pipeline is None:
+            with self._lower():
                 y = self.model(mine, *options).float()
-            else:
-                assert not options
-                y = on_all_stages(self.pipeline.answer(mine), mesh["pp"].get_group(), self.processes.device)
+        else:
+            assert not options
+            y = on_all_stages(self.pipeline.answer(mine), mesh["pp"].get_group(), self.processes.device)
         for axis, count in (("tp", shared), ("cp", parts // shared)):
             if count > 1:
                 y = gathered(y, mesh[axis].get_group())
@@ -311,17 +312,17 @@ class TorchNative:
             if isinstance(module, FSDPModule):  # zero2 keeps gathered what a forward pass has gathered
                 module.reshard()
 
-    def _autocasting(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def cast(model: Callable[..., Tensor], row: Any) -> Tensor:
-            with self._autocast(), fp8_context(self.config.fp8):
-                return loss(model, row) * self.processes.share
+    def _share_of(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Ranks that hold the same tokens count a share of their loss each."""
+        return lambda model, row: loss(model, row) * self.processes.share
 
-        return cast
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16", cache_enabled=False
-        )
+    @contextmanager
+    def _lower(self) -> Iterator[None]:
+        """In what precision models compute."""
+        lower = self.config.precision == "bf16"
+        kind = self.processes.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=False), fp8_context(self.config.fp8):
+            yield
 
 
 def init_weights(model: nn.Module, build: Callable[[], nn.Module], seed: int) -> None:

@@ -5,6 +5,7 @@ pipeline. The first stage alone has the entry, the last alone the exit and the l
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,8 +75,16 @@ class Stages(nn.Module):
 class Pipeline:
     """Takes rows through the stages, forward and backward, in the order of the schedule."""
 
-    def __init__(self, stages: Stages, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.stages, self.place = stages, stages.place
+    def __init__(
+        self,
+        stages: Stages,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        lower: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Tokens of `width` numbers of a `dtype` are sent; forward passes run in `lower`."""
+        self.stages, self.place, self.lower = stages, stages.place, lower
         self.width, self.dtype, self.device = width, dtype, device
 
     def step(
@@ -106,10 +115,12 @@ class Pipeline:
                 if x is not None:
                     x.requires_grad_()
                 if self.place.stage(action.chunk) < self.place.last:
-                    y = self.stages(row.row, x, action.chunk)
+                    with self.lower():
+                        y = self.stages(row.row, x, action.chunk)
                     sent = [*on_their_way(sent), self._send(y.detach(), "forward")]
                 else:
-                    y = loss(partial(self.stages, x=x, chunk=action.chunk), row)
+                    with self.lower():
+                        y = loss(partial(self.stages, x=x, chunk=action.chunk), row)
                     total += y.detach()
                 held[action.chunk, action.row] = x, y
             else:
@@ -130,7 +141,8 @@ class Pipeline:
             came = self._receive(action, [row])
             if came is not None:
                 came[0].wait()
-            y = self.stages(row, None if came is None else came[1], chunk)
+            with self.lower():
+                y = self.stages(row, None if came is None else came[1], chunk)
             if self.place.stage(chunk) < self.place.last:
                 self._send(y, "forward")[0].wait()
             else:
@@ -152,6 +164,7 @@ class Pipeline:
     def _send(self, x: Tensor, kind: Kind) -> tuple[dist.Work, Tensor]:
         """Begins to send to the next stage, or back to the one before. The tensor must live until it is gone."""
         x = x.contiguous()
+        assert x.dtype == self.dtype  # what the other side expects
         target = (self.place.index + (1 if kind == "forward" else -1)) % self.place.count
         work = dist.isend(x, group=self.place.link(kind, self.place.index), group_dst=target)
         assert work is not None

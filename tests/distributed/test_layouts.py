@@ -31,15 +31,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(family: str, recompute: str = "none") -> Config:
+def config_of(family: str, recompute: str = "none", precision: str = "fp32") -> Config:
     model = [
         f"--model.{key}={json.dumps(value) if isinstance(value, list) else value}"
         for key, value in FAMILIES[family].items()
     ]
-    return load_config(None, [*model, "--run.seed=3", f"--parallel.recompute={recompute}"])
+    return load_config(
+        None, [*model, "--run.seed=3", f"--parallel.recompute={recompute}", f"--precision.precision={precision}"]
+    )
 
 
-def outcomes(cases: list[tuple[str, str]]) -> list[Outcome]:
+def outcomes(cases: list[tuple[str, str]], precision: str = "fp32") -> list[Outcome]:
     """Of (family, layout) pairs, in one set of processes."""
     found = []
     for family, layout in cases:
@@ -49,7 +51,7 @@ def outcomes(cases: list[tuple[str, str]]) -> list[Outcome]:
         shape = (parsed.pp, parsed.dp_replicate, parsed.dp_shard, parsed.cp, parsed.tp)
         mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
         group = Processes(rank, world, torch.device("cpu"), parsed, mesh)
-        found.append(run(config_of(family, recompute or "none"), group))
+        found.append(run(config_of(family, recompute or "none", precision), group))
     return found
 
 
@@ -109,6 +111,16 @@ def test_every_layout_computes_what_one_process_does(world: int, reference: dict
 @pytest.mark.parametrize("world", MORE)
 def test_more_layouts(world: int, reference: dict[str, Outcome]) -> None:
     check(MORE[world], world, reference)
+
+
+def test_bf16_is_the_same_on_every_layout() -> None:
+    """As near as its rounding lets it be: products of other sizes, sums in another order."""
+    cases = [("video_dit", layout) for layout in ("pp2", "tp2", "cp1x2", "dp2,zero3")] + [("mmdit", "pp2@selective")]
+    (alone,) = run_distributed(outcomes, 1, [("video_dit", "dp1"), ("mmdit", "dp1")], "bf16")
+    for found in run_distributed(outcomes, 2, cases, "bf16"):
+        for (family, layout), outcome in zip(cases, found, strict=True):
+            difference = compare(alone[family == "mmdit"], outcome)
+            assert difference.worst < 0.1, (family, layout, difference)
 
 
 def forgotten_bias() -> Any:

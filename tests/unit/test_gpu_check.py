@@ -50,7 +50,7 @@ def _wrong_quantiser() -> list[str]:
         return gpu_check.check("quantise row", gpu_check.checks(*SHAPE)["quantise row"]).wrong
 
 
-QUICK = ("gated", "qknorm_rope", "quantise row", "activation_fp8 gelu", "fp8_gemm tile")
+QUICK = ("gated", "quantise row", "fp8_gemm tile")
 
 
 def test_nothing_is_wrong(interpreter: ProcessPoolExecutor) -> None:
