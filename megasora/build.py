@@ -38,8 +38,6 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     ):
         if path and not Path(path).exists():
             raise ConfigError(f"eval.{key}={path}: no such file or directory")
-    if config.run.determinism == "bitwise" and config.model.attention == "flash":
-        raise ConfigError("run.determinism=bitwise: model.attention=flash adds up in no fixed order; use sdpa")
     if config.model.channels != latents.channels:
         raise ConfigError(f"model.channels={config.model.channels}: the latents have {latents.channels}")
     for key, found in (("text_width", latents.null.tokens.shape[1]), ("pooled_width", len(latents.null.pooled))):

@@ -184,7 +184,7 @@ def test_unreadable_latents_are_replaced_logged_and_counted(road: Road) -> None:
     [
         ("--model.channels=8", 2, "model.channels=8: the latents have 16"),
         ("--data.capacity=100", 2, "nearest is 128"),
-        ("--model.attention=flash", 2, "megasora[gpu]"),
+        ("--model.attention=flash2", 2, "megasora[gpu]"),
         ("--parallel.layout=dp2", 2, "valid here: dp1"),
         ("--data.path=nowhere", 3, "nowhere"),
         ("--run.resume=nowhere", 4, "run.resume=nowhere: no checkpoint here"),
