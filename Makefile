@@ -9,9 +9,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SCRIPTS := $(wildcard launch/*.sh launch/*.sbatch) .ci/run
 
-# Two files of tests at a time: one thread each, and what a file has set up is used by it alone.
-SPREAD := -n 2 --dist loadfile
-
 # What is compiled or downloaded on the way stays in the project.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
@@ -37,10 +34,10 @@ demo: setup ## the whole road on real video: clips, shards, VAE, latents, traini
 test test-all: export OMP_NUM_THREADS = 1
 
 test: setup ## the tests, without the long cases; what was skipped, and why, is listed at the end
-	$(BIN)/python -m pytest -q $(SPREAD) -m "not long"
+	$(BIN)/python -m pytest -q -m "not long"
 
 test-all: setup ## the tests with the full matrices
-	$(BIN)/python -m pytest -q $(SPREAD)
+	$(BIN)/python -m pytest -q
 
 lint: setup ## ruff, mypy, shellcheck, hadolint
 	$(BIN)/ruff check .
