@@ -228,14 +228,13 @@ class Trainer:
         if self.journal is None:
             return
         flops_per_s = batch.flops / seconds / self.group.world
-        row_tokens = sum(batch.lengths) * self.group.layout.dp
         metrics = StepMetrics(
             attempt=self.journal.attempt, time=time.time(), step=self.step, stage=stage.name, loss=loss,
             grad_norm=grad_norm, lr=lr, samples=self.config.data.global_batch, tokens=batch.tokens,
             bucket=batch.buckets, order=xxhash.xxh3_64_hexdigest("\n".join(batch.keys).encode()), bad_samples=self.bad_samples,
             step_time_s=seconds, data_wait_s=wait, tokens_per_s=batch.tokens / seconds,
             tflops_per_device=flops_per_s / 1e12, mfu=flops_per_s / self.peak_flops, imbalance=batch.imbalance,
-            padding=1 - batch.tokens / row_tokens, peak_memory_bytes=peak_memory(self.group.device),
+            padding=batch.padding, peak_memory_bytes=peak_memory(self.group.device),
             world=self.group.world, layout=str(self.group.layout),
         )  # fmt: skip
         self.journal.step(metrics)

@@ -136,7 +136,7 @@ def build_loader(
         rank=group.data_rank * layout.cp + group.place["cp"] if layout.dynamic else group.data_rank,
         ranks=layout.dp * (layout.cp if layout.dynamic else 1),
         widths=layout.widths if layout.dynamic else (),
-        meet="micro" if layout.zero == 3 else "step",
+        meet="micro" if layout.zero == 3 or layout.dynamic else "step",
         obey=obey.get(segment, {}),
         pin=group.device.type == "cuda",
     )
