@@ -44,7 +44,14 @@ def alone(road: Road) -> list[float]:
     return losses(road, "layout-alone")
 
 
-@pytest.mark.parametrize(("name", "layout"), [("tp2", "dp1,tp2"), ("cp2", "dp1,cp2:dynamic,zero2"), ("pp2", "pp2,dp1")])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param("tp2", "dp1,tp2", marks=pytest.mark.long),
+        ("cp2", "dp1,cp2:dynamic,zero2"),
+        ("pp2", "pp2,dp1"),
+    ],
+)
 def test_training_on_another_layout_and_back(name: str, layout: str, road: Road, alone: list[float]) -> None:
     run = road.directory / f"layout-{name}"
     road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *STEPS, nproc=2)
@@ -56,7 +63,7 @@ def test_training_on_another_layout_and_back(name: str, layout: str, road: Road,
     assert losses(road, run.name) == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2,zero2"])
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("dp2,zero2", marks=pytest.mark.long)])
 @pytest.mark.usefixtures("alone")
 def test_samples_of_several_processes(layout: str, road: Road) -> None:
     run, made = f"--run.dir={road.directory / 'layout-alone'}", {}
