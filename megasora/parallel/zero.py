@@ -22,8 +22,9 @@ BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB in fp32
 def shard_model(model: nn.Module, root: nn.Module, mesh: DeviceMesh, keep: bool, lower: bool) -> None:
     """FSDP2 around each block of the model and around the rest of `root`, which is what will be called.
 
-    `keep` (zero2) leaves a block's weights gathered after its forward pass; zero3 lets them go, and gathers the next block's
-    while one computes. `lower` hands blocks bf16 weights; gradients are reduced in fp32 in any case.
+    `keep` (zero2) leaves a block's weights gathered from its first forward pass of a step to its last backward pass; zero3 lets
+    them go, and gathers the next block's while one computes. `lower` hands blocks bf16 weights; gradients are reduced in fp32 in
+    any case.
     """
     policy = MixedPrecisionPolicy()
     if lower:
