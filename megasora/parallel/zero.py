@@ -113,8 +113,8 @@ class OptimizerShards:
         """A rank's rows, flat, as many numbers for every rank."""
         rows = self.rows[name]
         flat = rows.of(tensor, index).flatten()
-        width = tensor[:1].numel()
-        return nn.functional.pad(flat, (0, rows.size * width - len(flat)))
+        missing = rows.size * tensor[:1].numel() - len(flat)
+        return nn.functional.pad(flat, (0, missing)) if missing else flat  # without a copy where nothing is missing
 
 
 def buckets(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
