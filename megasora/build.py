@@ -18,7 +18,7 @@ from megasora.models.attention import compute_capability, find_attention
 from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
 from megasora.parallel.fp8 import check_fp8
-from megasora.parallel.mesh import Processes
+from megasora.parallel.mesh import Processes, processes_of_a_node
 from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
@@ -27,7 +27,7 @@ from megasora.seeding import fold
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
     find_attention(config.model.attention)
-    check_layout(config.model, group.layout)
+    check_layout(config.model, group.layout, node_of(config))
     check_fp8(config.precision.fp8, compute_capability())
     if config.eval.every:
         check_rollout(config, group)
@@ -78,6 +78,11 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
             f"data.row_multiple={config.data.row_multiple}: a multiple of {unit} that divides data.capacity={capacity}; "
             f"nearest is {unit}"
         )
+
+
+def node_of(config: Config) -> int | None:
+    """How many processes the groups that must stay within a node have there; None where they need not."""
+    return None if config.parallel.across_nodes else processes_of_a_node()
 
 
 def check_rollout(config: Config, group: Processes) -> None:

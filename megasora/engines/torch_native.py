@@ -183,6 +183,7 @@ class TorchNative:
         """Of a loss, or of what a stage gave, whose gradient came back. Gradients travel with the last one of a step."""
         if self.fsdp:
             self.root.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.root.set_reshard_after_backward(last or self.processes.layout.zero == 3)  # type: ignore[operator]
         if gradient is None and self.averages:
             y = y * (self.processes.layout.dp * self.processes.layout.cp)
         y.backward(gradient)

@@ -110,9 +110,50 @@ def on_main(group: Processes, mine: dict[int, T]) -> dict[int, T]:
     return {number: value for share in found or [] for number, value in share.items()}
 
 
+def ranks_of_nodes(group: Processes, name: str) -> dict[str, list[int]]:
+    """The ranks of each node, by the name that every process gives its own. All ask for it together."""
+    names: list[str] = [""] * group.world
+    dist.all_gather_object(names, name)
+    return {node: [number for number, found in enumerate(names) if found == node] for node in names}
+
+
+def node_report(layout: Layout, nodes: dict[str, list[int]]) -> str:
+    """Which rank lies on which node, and what of the layout goes from node to node: a line."""
+    lies = ", ".join(f"{spans(ranks)} -> {node}" for node, ranks in nodes.items())
+    return f"ranks {lies}; between nodes: {', '.join(between_nodes(layout, nodes)) or 'nothing'}"
+
+
+def between_nodes(layout: Layout, nodes: dict[str, list[int]]) -> list[str]:
+    """The axes of which some group has ranks on several nodes."""
+    node_of = {number: node for node, ranks in nodes.items() for number in ranks}
+    sizes = {
+        "tp": layout.tp, "ulysses": layout.ulysses, "ring": layout.ring, "dp_shard": layout.dp_shard,
+        "dp_replicate": layout.dp_replicate, "pp": layout.pp,
+    }  # from the innermost  # fmt: skip
+    found, stride = [], 1
+    for axis, size in sizes.items():
+        firsts = ((number, number - number // stride % size * stride) for number in range(layout.world))
+        if any(node_of[number] != node_of[first] for number, first in firsts):
+            found.append(axis)
+        stride *= size
+    return found
+
+
+def spans(numbers: list[int]) -> str:
+    """0, 1, 2, 5 -> 0-2 5."""
+    firsts = [n for n in numbers if n - 1 not in numbers]
+    lasts = [n for n in numbers if n + 1 not in numbers]
+    return " ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(firsts, lasts, strict=True))
+
+
 def world_size() -> int:
     """How many processes the launcher started (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_of_a_node() -> int:
+    """How many of them it started on each node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def rank() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megasora.build import build_engine, check_rollout, find_objective
+from megasora.build import build_engine, check_rollout, find_objective, node_of
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.cli import add_config_argument
 from megasora.config import load_config
@@ -62,7 +62,7 @@ def sample(config: Config) -> list[Path]:
         raise ConfigError(f"model.family={config.model.family}: a classifier makes no videos")
     # A layout is for the processes that train; one process alone samples from any checkpoint.
     with processes(config.parallel.layout if world_size() > 1 else "dp1") as group, Progress("sample") as progress:
-        check_layout(config.model, group.layout)
+        check_layout(config.model, group.layout, node_of(config))
         check_rollout(config, group)
         stage, text = open_encoders(config.encode, config.data.latents_at, group.device)
         prompts = make_prompts(wanted, text)
