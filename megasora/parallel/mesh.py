@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megasora.device import on_gpu, pick_device
 from megasora.parallel.context import Context
 from megasora.parallel.layout import Layout, parse_layout
 from megasora.parallel.pipeline import Place
@@ -161,13 +162,6 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def pick_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
 @contextmanager
 def processes(layout: str, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Processes]:
     """Joins the process group that the launcher set up (or a group of one) and lays the mesh over it; leaves it at the end.
@@ -176,10 +170,10 @@ def processes(layout: str, timeout: timedelta = timedelta(minutes=10)) -> Iterat
     """
     parsed = parse_layout(layout, world_size())
     device = pick_device()
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.set_device(device)
     store = None if "RANK" in os.environ else dist.HashStore()
-    gpu = device if device.type == "cuda" else None
+    gpu = device if on_gpu(device) else None
     dist.init_process_group(
         "nccl" if gpu else "gloo", store=store, rank=rank(), world_size=world_size(), timeout=timeout, device_id=gpu
     )

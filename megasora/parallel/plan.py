@@ -1,7 +1,8 @@
 """Which layer of which family is split how. Data, not code: patterns of module names, the first that matches counts.
 
 column: some outputs, of the tokens that all ranks of the group have together; column_whole: of tokens that each has anyway;
-row: some inputs; norm: over a width that is split. The first group of a column's pattern names the layers with one input.
+row: some inputs; norm: over a width that is split; heads: whole, but it sees its rank's heads alone. The first group of a
+column's pattern names the layers with one input.
 """
 
 from dataclasses import replace
@@ -31,8 +32,9 @@ PLANS: dict[str, list[tuple[str, Style]]] = {
         (r"blocks\.\d+\.(?:text|video)\.(?:out|mlp\.2)", "row"),
         (r"(blocks\.\d+)\.(?:qkv\.[qkv]|mlp)", "column"),
         (r"blocks\.\d+\.out", "row"),
+        (r"blocks\.\d+\.(?:text\.|video\.)?qkv\.norm_[qk]", "heads"),
     ],
-    "stdit": [*ATTENTION, *MLP],
+    "stdit": [*ATTENTION, *MLP, (r"blocks\.\d+\.(?:space|time)\.(?:self_|cross_)?attention\.norm_[qk]", "heads")],
     "dit": [*ATTENTION, *MLP],
 }
 

@@ -22,6 +22,7 @@ from megasora.build import build_engine, check_rollout, find_objective, node_of
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.cli import add_config_argument
 from megasora.config import load_config
+from megasora.device import pick_device
 from megasora.encoders import open_encoders
 from megasora.engines.torch_native import EngineConfig
 from megasora.errors import CheckpointError, ConfigError
@@ -30,7 +31,7 @@ from megasora.models.first_stage import FirstStage
 from megasora.observe.hardware import peak_memory
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
-from megasora.parallel.mesh import Processes, on_main, pick_device, processes, rank, world_size
+from megasora.parallel.mesh import Processes, on_main, processes, rank, world_size
 from megasora.parallel.plan import check_layout
 from megasora.rendering import first_shape, make_prompts, render, write_sheet, write_video
 from megasora.sampling import Generator, turns
