@@ -10,8 +10,8 @@ Shapes: x [M, N]; data [M, N] fp8; scale fp32: [], [M, ceil(N/128)] or [ceil(M/1
 x transposed, which the gradient of a weight needs: for "row" its groups go along M, so its bytes are others.
 
 Cost in bf16, of M·N elements: 3 bytes read and written, 4 with the transposed copy, and 2 more for "tensor", which reads
-twice. Over torch.compile it pays for the copy: without it the transposed one reads everything again, in strides. Never run
-on a GPU.
+twice. Over torch.compile it pays for the copy: without it the transposed one reads everything again, in strides. On an
+H100 byte for byte the reference, at 68 % of that bound (tensor), 45 % (row), 66 % (tile).
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ def quantise_reference(x: Tensor, scaling: Scaling, dtype: torch.dtype = torch.f
     padded = F.pad(x.float(), (0, -N % columns, 0, -M % rows))
     groups = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [groups, rows, groups, columns]
     amax = groups.abs().amax((1, 3), keepdim=True).clamp(min=TINY)
-    factor = torch.full_like(amax, largest) / amax  # `largest / amax` would be a reciprocal, rounded twice
+    most = torch.full_like(
+        amax, largest
+    )  # a tensor: dividing by a number multiplies by its reciprocal on a GPU, rounded twice
+    factor = most / amax
     data = (groups * factor).clamp(-largest, largest).to(dtype)
-    scale = (amax / largest).squeeze((1, 3))
+    scale = (amax / most).squeeze((1, 3))
     return Quantised(
         data.flatten(2).flatten(0, 1)[:M, :N].contiguous(), scale.reshape(()) if scaling == "tensor" else scale
     )
@@ -196,7 +199,7 @@ def _quantise(x: Tensor, scaling: str, dtype: torch.dtype, both: bool) -> list[T
         parts = scale.new_empty(triton.cdiv(x.numel(), AMAX_BLOCK))
         _amax_kernel[(len(parts),)](x, parts, x.numel(), block=AMAX_BLOCK, num_warps=8)
         amax = parts.amax()
-        results[1] = amax.clamp(min=TINY) / largest
+        results[1] = amax.clamp(min=TINY) / torch.full_like(amax, largest)  # as in the reference
         results[3] = results[1].clone() if both else turned_scale
     grid = (triton.cdiv(M, GROUP), triton.cdiv(N, GROUP))
     _quantise_kernel[grid](

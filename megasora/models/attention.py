@@ -20,7 +20,8 @@ from megasora.models.packing import Order, Segments, Windows
 
 Attention = Callable[[Tensor, Tensor, Tensor, Segments | Order, Segments | Windows | Order], Tensor]
 NAMES = ("auto", "sdpa", "flash4", "flash3", "flash2", "te", "cudnn", "triton")  # of model.attention
-PREFERRED = ("flash3", "flash4", "flash2", "te")  # on a GPU, before torch's own; none has been measured here
+# On a GPU, before torch's own. Only torch's and cuDNN's have been measured.
+PREFERRED = ("flash3", "flash4", "flash2", "te")
 
 log = logging.getLogger("megasora")
 
@@ -48,7 +49,8 @@ class ChosenAttention:
                 f"model.attention={self.name}: takes 16 bits only: precision.precision=bf16, or attention=sdpa"
             )
         if self.name == "cudnn":
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            # cuDNN refuses segments with a single key: those are flash attention's.
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
                 return sdpa_attention(q, k, v, queries, keys)
         return varlen_attention(self.name, q, k, v, queries, keys)
 

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from megasora_kernels.cases import CASES, Case, errors, evaluate, excess
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +41,13 @@ def test_compiled_graph_keeps_the_bits(case: Case) -> None:
     inputs = case.draw(LENGTHS, 1152, torch.bfloat16).to("cuda")
     compiled = evaluate(torch.compile(case.kernels, fullgraph=True), inputs)
     assert all(torch.equal(a, b) for a, b in zip(compiled, evaluate(case.kernels, inputs), strict=True))
+
+
+@KERNELS
+def test_recomputed_they_keep_the_bits(case: Case) -> None:
+    inputs = case.draw(LENGTHS, 1152, torch.bfloat16).to("cuda")
+    recomputed = evaluate(partial(checkpoint, case.kernels, use_reentrant=False), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, evaluate(case.kernels, inputs), strict=True))
 
 
 def test_gpu_check_finds_nothing_wrong() -> None:

@@ -7,13 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from megasora.errors import ConfigError
 from megasora.models import attention
 from megasora.models.attention import ChosenAttention, choose, find_attention, flash_of, sdpa_attention
-from megasora.models.flash import FLASH, Flash
+from megasora.models.flash import FLASH
 from megasora.models.packing import Order, Segments, Windows
+from tests.attention_in_parts import errors_in_parts
 
 CPU = torch.device("cpu")
 
@@ -92,35 +92,12 @@ def test_a_ring_has_the_librarys_kernels_or_torchs() -> None:
 # What the kernels give
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    scores = torch.einsum("lnk,mnk->lnm", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("lnm,mnk->lnk", scores.softmax(-1), v), scores.logsumexp(-1)
-
-
-def errors_in_parts(flash: Flash, dtype: torch.dtype) -> list[float]:
-    """Keys seen in two parts, merged by the logarithms, and the gradients of each part given the whole's: relative to fp64."""
-    torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(n, 2, 16).to(dtype) for n in (20, 33, 33, 20))
-    exact = [t.double().requires_grad_() for t in (q, k, v)]
-    expected, lse = plain(*exact)
-    gradients = torch.autograd.grad(expected, exact, grad.double())
-    parts = [flash.forward(q, k[a:b], v[a:b]) for a, b in ((0, 12), (12, 33))]
-    total = torch.logaddexp(parts[0][1], parts[1][1])
-    out = sum(part.float() * torch.exp(part_lse - total)[..., None] for part, part_lse in parts)
-    known = out.to(dtype).contiguous(), total.contiguous()
-    found = [flash.backward(grad, q, k[a:b], v[a:b], *known) for a, b in ((0, 12), (12, 33))]
-    dq = found[0][0].float() + found[1][0].float()
-    dk, dv = (torch.cat([found[0][i], found[1][i]]) for i in (1, 2))
-    pairs = zip((out, total, dq, dk, dv), (expected, lse, *gradients), strict=True)
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
-
-
 def test_torchs_kernels_on_a_cpu_are_exact_in_parts() -> None:
-    assert max(errors_in_parts(FLASH["sdpa"], torch.float32)) < 1e-5
+    assert max(errors_in_parts(FLASH["sdpa"], torch.float32, CPU)) < 1e-5
 
 
 def _triton_in_parts() -> list[float]:
-    return errors_in_parts(FLASH["triton"], torch.bfloat16)
+    return errors_in_parts(FLASH["triton"], torch.bfloat16, CPU)
 
 
 def test_our_triton_kernels_are_exact_in_parts(interpreter: ProcessPoolExecutor) -> None:

@@ -34,6 +34,7 @@ from megasora_kernels.cases import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from tests.seeded import with_bug
 from tests.triton_interpreter import interpreter_process
@@ -397,6 +398,19 @@ def test_fp8_of_the_norm(interpreter: ProcessPoolExecutor) -> None:
     assert same > 0.999
     assert amax < 1e-6
     assert plain
+
+
+def _recomputed(case: int) -> bool:
+    """Whether results and gradients are the same where the backward pass computes the forward one again."""
+    inputs = CASES[case].draw((5, 1, 4), 48, torch.float32 if case < 9 else torch.bfloat16)
+    again = partial(checkpoint, CASES[case].kernels, use_reentrant=False)
+    pairs = zip(evaluate(again, inputs), evaluate(CASES[case].kernels, inputs), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@ALL
+def test_kernels_are_recomputed(interpreter: ProcessPoolExecutor, case: int) -> None:
+    assert interpreter.submit(_recomputed, case).result()
 
 
 def _compiled_and_checked(case: int) -> list[bool]:
