@@ -97,6 +97,10 @@ def check_engine(
             "parallel.recompute=selective: with zero3 engine=deepspeed gathers weights inside what is repeated, which torch "
             "takes for another computation; use full"
         )
+    if optim.fused != "torch":
+        raise ConfigError(
+            f"optim.fused={optim.fused}: engine=deepspeed steps flat stretches by torch's kernels; use torch"
+        )
     if optim.name == "muon":
         raise ConfigError("optim.name=muon: engine=deepspeed owns flat stretches of matrices; use adamw")
     if precision.fp8 != "none":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megasora.engines.fused import LIBRARIES, Fused, FusedAdamW, check_fused
 from megasora.engines.muon import Muon
 
 
@@ -17,6 +18,9 @@ class OptimConfig:
     descent, is there to compare updates by: Adam hides a wrong scale."""
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
+    fused: Fused = (
+        "torch"  # whose AdamW kernels: torch's own, apex's or TransformerEngine's (te), where those are installed
+    )
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -29,6 +33,8 @@ class OptimConfig:
     ema: float = 0.999  # decay of the averaged weights; 0 keeps none
 
     def __post_init__(self) -> None:
+        if self.name == "sgd" and self.fused != "torch":
+            raise ValueError(f"fused={self.fused}: is of AdamW, name={self.name} has none")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr}: a positive number is expected")
         for name in ("warmup", "clip", "weight_decay", "final_lr"):
@@ -72,9 +78,13 @@ def build_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -
         groups.append({"params": [p for p in here if p.ndim <= 1], "weight_decay": 0.0})
     if config.name == "sgd":
         return [torch.optim.SGD(groups, lr=config.lr)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    ]
+    check_fused(config.fused)
+    adamw: torch.optim.Optimizer
+    if config.fused == "torch":
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    else:
+        adamw = FusedAdamW(groups, config.lr, config.betas, config.eps, LIBRARIES[config.fused])
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         optimizers.append(Muon(matrices, config.lr, config.momentum, config.weight_decay))
     return optimizers

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from megasora.engines.fused import FusedAdamW, adamw_state
 from megasora.engines.muon import Muon, sharded_like
 from megasora.engines.optim import OptimConfig, build_optimizers
 from megasora.models.base import Model
@@ -264,12 +265,8 @@ class TorchNative:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if isinstance(optimizer, torch.optim.AdamW):
-                        optimizer.state[parameter] = {
-                            "step": torch.zeros((), dtype=torch.float32, device=self.processes.device),
-                            "exp_avg": torch.zeros_like(parameter),
-                            "exp_avg_sq": torch.zeros_like(parameter),
-                        }
+                    if isinstance(optimizer, torch.optim.AdamW | FusedAdamW):
+                        optimizer.state[parameter] = adamw_state(parameter)
                     elif isinstance(optimizer, Muon):
                         optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
