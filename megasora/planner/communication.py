@@ -117,12 +117,3 @@ def in_buckets(parameters: list[Parameter], sizes: list[int], tp: int) -> list[i
         found[-1] += size
         numbers += here
     return found
-
-
-def by_axis(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(kind, axis) -> (calls, bytes in)."""
-    sums: dict[tuple[str, str], tuple[int, int]] = {}
-    for one in found:
-        calls, sent = sums.get((one.kind, one.axis), (0, 0))
-        sums[one.kind, one.axis] = calls + one.count, sent + one.sent * one.count
-    return sums

@@ -100,6 +100,7 @@ def memory(job: Job, stage: Stage | None = None) -> Memory:
         "optimizer": float(sum(one.muon if job.optim.name == "muon" else one.adamw for one in mine.values()) * FLOAT),
         "ema": float(own if job.optim.ema else 0),
         "batch": float(batch_bytes(job)),
+        "encoders": job.encoders,
     }
     during = backward_moment(job, stage, of_block, whole)
     gathered, buffers = fsdp_buffers(job, of_block, whole) if fsdp else (0.0, 0.0)

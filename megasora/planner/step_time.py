@@ -20,6 +20,7 @@ from megasora.planner.job import Job, Row
 from megasora.planner.memory import again, tapes
 from megasora.planner.stages import Stage, blocks_of, stages
 from megasora.planner.tape import Collective
+from megasora.training_data import meeting
 
 UPDATE = 52  # bytes over memory a parameter: the norm, clipping, AdamW and the average
 
@@ -94,7 +95,7 @@ def sample_flops(model: Any, shape: Shape, text: int) -> tuple[float, float]:
 def products(job: Job, stage: Stage, row: Row) -> Work:
     """Matrix products and attention of one row, padding too, forward and backward, on one rank of a stage."""
     found = [sample_flops(job.model, shape, text) for shape, text in row.padded]
-    share = len(stage.blocks) / blocks_of(job.model) / (job.layout.tp * job.layout.cp)
+    share = len(stage.blocks) / blocks_of(job.model) / (job.layout.tp * (row.width or job.layout.cp))
     passes = 3 + (repeated(job, stage) if job.recompute == "full" else 0)
     linear, attention = (share * passes * sum(values) for values in zip(*found, strict=True))
     return replace(NOTHING, linear=linear, attention=attention)
@@ -107,11 +108,6 @@ def around_products(job: Job, stage: Stage, row: Row, device: Device) -> Work:
     traffic, operations = (passes * sum(getattr(tape, of) for tape in blocks) for of in ("traffic", "operations"))
     said = of_rows(here, stage)
     return replace(spoken(said, job.layout, device), traffic=traffic, operations=operations)
-
-
-def row_work(job: Job, stage: Stage, row: Row, device: Device) -> Work:
-    """Forward and backward of one row on one rank of a stage."""
-    return products(job, stage, row) + around_products(job, stage, row, device)
 
 
 def repeated(job: Job, stage: Stage) -> float:
@@ -154,7 +150,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Step:
-    """A global batch as the loader would spread it: rows[group][micro-batch]."""
+    """A global batch as the loader would spread it: rows[group][micro-batch]. Groups are the ranks that share all rows, or with
+    dynamic context parallelism single ranks."""
 
     rows: tuple[tuple[Row, ...], ...]
 
@@ -162,13 +159,14 @@ class Step:
 def step_time(job: Job, steps: Sequence[Step], device: Device) -> StepTime:
     """The mean over some steps of the mixture of buckets, each as long as its slowest ranks."""
     slowest = max(stages(job), key=lambda one: len(one.blocks))
-    by_length: dict[int, Work] = {}
+    by_length: dict[tuple[int, int], Work] = {}
     cache: dict[Row, float] = {}
 
     def work_of(row: Row) -> Work:
-        if row.length not in by_length:
-            by_length[row.length] = around_products(job, slowest, row, device)
-        return products(job, slowest, row) + by_length[row.length]
+        key = row.length, row.width
+        if key not in by_length:
+            by_length[key] = around_products(job, slowest, row, device)
+        return products(job, slowest, row) + by_length[key]
 
     def seconds(row: Row) -> float:
         if row not in cache:
@@ -180,7 +178,7 @@ def step_time(job: Job, steps: Sequence[Step], device: Device) -> StepTime:
     for step in steps:
         times = [[seconds(row) for row in rows] for rows in step.rows]
         totals = [sum(found) for found in times]
-        meets = job.layout.zero == 3 or job.layout.pp > 1
+        meets = meeting(job.layout) == "micro"
         took = sum(max(micro) for micro in zip(*times, strict=True)) if meets else max(totals)
         whole, even = whole + took, even + sum(totals) / len(totals)
         longest = totals.index(max(totals))
@@ -193,9 +191,11 @@ def step_time(job: Job, steps: Sequence[Step], device: Device) -> StepTime:
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value / len(steps)
         every = [row for rows in step.rows for row in rows]
-        model_flops += sum(training_flops(job.model, shape, text) for row in every for shape, text in row.samples)
-        tokens += sum(row.length - row.padding for row in every)
-        samples += sum(len(row.samples) for row in every)
+        model_flops += sum(
+            row.counts * training_flops(job.model, shape, text) for row in every for shape, text in row.samples
+        )
+        tokens += sum(row.counts * (row.length - row.padding) for row in every)
+        samples += sum(row.counts * len(row.samples) for row in every)
     n = len(steps)
     return StepTime(sums, model_flops / n, tokens / n, samples / n, whole / even)
 

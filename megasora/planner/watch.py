@@ -2,7 +2,6 @@
 its making to its end."""
 
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,16 +24,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One collective: over how many ranks, how far apart they are, and the bytes it takes in here."""
+    """One collective: over which ranks, and the bytes it takes in here."""
 
     kind: str
     ranks: tuple[int, ...]
     sent: int
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        stride = self.ranks[1] - self.ranks[0] if len(self.ranks) > 1 else 0
-        return self.kind, len(self.ranks), stride
 
 
 @dataclass
@@ -43,7 +37,6 @@ class Watch(TorchDispatchMode):
 
     calls: list[Call] = field(default_factory=list)
     events: list[tuple[int, int]] = field(default_factory=list)  # (storage, bytes more or less), in order
-    operations: Counter[str] = field(default_factory=Counter)
     _sizes: dict[int, int] = field(default_factory=dict)
     _numbers: Any = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -60,7 +53,6 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.note(tensor, before=True)
         result = func(*args, **(kwargs or {}))
-        self.operations[f"{func.namespace}.{name}"] += 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.note(tensor)
@@ -104,14 +96,6 @@ class Watch(TorchDispatchMode):
                 live += more
                 most = max(most, live)
         return most
-
-    def totals(self) -> dict[tuple[str, int, int], tuple[int, int]]:
-        """(kind, ranks, stride) -> (calls, bytes in)."""
-        found: dict[tuple[str, int, int], tuple[int, int]] = {}
-        for call in self.calls:
-            count, sent = found.get(call.key, (0, 0))
-            found[call.key] = count + 1, sent + call.sent
-        return found
 
 
 @contextmanager
