@@ -15,11 +15,11 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 2em auto; max-width: 1000px; padding: 0 1em }
 h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin: 2em 0 .4em } p { margin: .3em 0 }
 .good { color: #00714f } .bad { color: #b03a00 } .note { color: #5b6875 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6em 0; width: 100% }
-th, td { padding: .22em .7em; border-bottom: 1px solid #e3e8ec; text-align: right; white-space: nowrap }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left }
-td:last-child { white-space: normal }
-svg { width: 100%; height: auto; display: block } svg text { font: 13px system-ui, sans-serif; fill: #1c2733 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6em 0 }
+th, td { padding: .22em 1.2em .22em .2em; border-bottom: 1px solid #e3e8ec; text-align: left }
+.number { text-align: right; white-space: nowrap }
+svg { width: 100%; height: auto; display: block; margin: 1em 0 }
+svg text { font: 13px system-ui, sans-serif; fill: #1c2733; paint-order: stroke; stroke: #fff; stroke-width: 3px }
 svg .faint { fill: #5b6875 } svg line { stroke: #dfe5ea } svg .limit { stroke: #b03a00; stroke-width: 2; stroke-dasharray: 5 3 }
 """
 
@@ -37,14 +37,17 @@ class Bar:
         return sum(self.parts.values())
 
 
-def stacked_bars(bars: Sequence[Bar], unit: str, limit: float | None = None, limit_name: str = "limit") -> str:
-    """Horizontal bars of parts laid end to end, the largest part of all first, on one scale from zero; `limit` is a line."""
-    names = parts_of(bars)
+def stacked_bars(
+    bars: Sequence[Bar], unit: str, limit: float | None = None, limit_name: str = "limit", order: Sequence[str] = ()
+) -> str:
+    """Horizontal bars of parts laid end to end on one scale from zero; `limit` is a line. Parts come in `order`, which also gives
+    their colours, so that charts of a page agree; what it lacks follows, the largest first."""
+    names = [*order, *(name for name in parts_of(bars) if name not in order)]
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     most = max([bar.total for bar in bars] + [limit or 0.0]) or 1.0
     ticks = round_ticks(most)
     scale = (WIDTH - LEFT - RIGHT) / max(most, ticks[-1])
-    legend, top = legend_of(names, colour)
+    legend, top = legend_of([name for name in names if name in parts_of(bars)], colour)
     top += 34 if limit else 18
     bottom = top + STEP * len(bars)
     drawn = [*legend]
@@ -53,6 +56,12 @@ def stacked_bars(bars: Sequence[Bar], unit: str, limit: float | None = None, lim
         drawn.append(f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{bottom}"/>')
         drawn.append(f'<text class="faint" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
     drawn.append(f'<text class="faint" x="{LEFT + (ticks[-1]) * scale + 26:.1f}" y="{bottom + 16}">{escape(unit)}</text>')
+    if limit:
+        x = LEFT + limit * scale
+        drawn.append(f'<line class="limit" x1="{x:.1f}" y1="{top - 8}" x2="{x:.1f}" y2="{bottom}"/>')
+        drawn.append(
+            f'<text class="faint" x="{x:.1f}" y="{top - 13}" text-anchor="middle">{escape(limit_name)} {limit:.4g}</text>'
+        )
     for row, bar in enumerate(bars):
         x, y = float(LEFT), top + STEP * row + (STEP - BAR) / 2
         drawn.append(f'<text x="{LEFT - 8}" y="{y + 13.5}" text-anchor="end">{escape(shortened(bar.name))}</text>')
@@ -66,12 +75,6 @@ def stacked_bars(bars: Sequence[Bar], unit: str, limit: float | None = None, lim
                 )
                 x += width
         drawn.append(f'<text x="{x + 6:.1f}" y="{y + 13.5}">{escape(bar.note or f"{bar.total:.3g}")}</text>')
-    if limit:
-        x = LEFT + limit * scale
-        drawn.append(f'<line class="limit" x1="{x:.1f}" y1="{top - 8}" x2="{x:.1f}" y2="{bottom}"/>')
-        drawn.append(
-            f'<text class="faint" x="{x:.1f}" y="{top - 13}" text-anchor="middle">{escape(limit_name)} {limit:.4g}</text>'
-        )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 24}" role="img">'
     return "\n".join([head, *drawn, "</svg>"])
 
@@ -111,10 +114,15 @@ def shortened(name: str, most: int = 36) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in cells; the first and the last column to the left, numbers between them to the right."""
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+    """Text in cells; columns that begin with a number to the right. Without `head` there is none."""
+    right = [cell[:1].isdigit() and column > 0 for column, cell in enumerate(rows[0])] if rows else [False] * len(head)
+    lines = [line("th", head, right)] if head else []
+    return "<table>\n" + "\n".join([*lines, *(line("td", row, right) for row in rows)]) + "\n</table>"
+
+
+def line(kind: str, cells: Sequence[str], right: Sequence[bool]) -> str:
+    marks = [' class="number"' if number else "" for number in right]
+    return "<tr>" + "".join(f"<{kind}{m}>{escape(cell)}</{kind}>" for m, cell in zip(marks, cells, strict=True)) + "</tr>"
 
 
 def paragraph(text: str, kind: str = "") -> str:

@@ -9,13 +9,12 @@ from megasora.errors import ConfigError
 from megasora.observe.hardware import GIB, Device
 from megasora.parallel.layout import Layout, ParallelConfig
 from megasora.parallel.plan import check_layout
-from megasora.parallel.schedule import bubble
 from megasora.planner.job import Job, Recompute, Row
 from megasora.planner.memory import Memory, memory
 from megasora.planner.mixture import Mixture
 from megasora.planner.parameters import by_module, model_parameters
 from megasora.planner.stages import blocks_of, stages
-from megasora.planner.step_time import Step, StepTime, collectives_by_link, step_time
+from megasora.planner.step_time import Step, StepTime, collectives_by_link, idle_share, step_time
 from megasora.schema import Config
 
 FRAGMENTATION = 0.04  # of what comes and goes: what the allocator cannot use again
@@ -119,7 +118,7 @@ def facts(plan: Plan, mixture: Mixture | None, config: Config | None = None) -> 
     every = stages(job)
     owned = 4 + (4 if job.optim.name == "muon" else 8) + (4 if job.optim.ema else 0)
     longest = max((T * H * W for (T, H, W), _ in job.row.samples), default=0)
-    idle = bubble(layout.schedule, layout.pp, job.rows) if layout.pp > 1 else 0.0
+    idle = idle_share(layout.schedule, layout.pp, job.rows) if layout.pp > 1 else 0.0
     nodes = max(1, layout.world // plan.device.node)
     seconds = time.seconds
     found: dict[str, Any] = {
@@ -134,7 +133,7 @@ def facts(plan: Plan, mixture: Mixture | None, config: Config | None = None) -> 
         "flops_per_token_convention": flops_by_convention(total, blocks_of(job.model), job.model.width, longest),
         "flops_recomputed": time.model_flops / 3 * sum(n % job.every == 0 for n in range(blocks_of(job.model)))
         / blocks_of(job.model) if job.recompute == "full" else 0.0,
-        "communication_bytes": collectives_by_link(job, every[0], plan.device),
+        "communication_bytes": collectives_by_link(job, every[0], plan.device, plan.steps[0].rows[0]),
         "bubble": idle, "step_time_s": seconds, "step_time_by_part": time.parts, "imbalance": time.imbalance,
         "tokens_per_s": time.tokens / seconds, "tokens_per_s_per_device": time.tokens / seconds / layout.world,
         "samples_per_s": time.samples / seconds, "tflops_per_device": plan.flops_per_s / 1e12, "mfu": plan.mfu,

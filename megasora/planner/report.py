@@ -37,7 +37,7 @@ def summary(found: dict[str, Any]) -> list[str]:
     return [
         paragraph(f"The job {verdict}: {needs:.1f} of {limit:.1f} GiB.", "good" if found["fits"] else "bad"),
         *(paragraph(f"Warning: {warning}", "bad") for warning in warnings),
-        table(("", ""), rows),
+        table((), [(name, f" {value}") for name, value in rows]),
     ]
 
 
@@ -49,7 +49,7 @@ def memory(found: dict[str, Any]) -> list[str]:
         for number, parts in enumerate(stages)
     ]
     limit = found["memory_limit_bytes"] / GIB
-    return [stacked_bars(bars, "GiB", limit, f"a {found['gpu']} has"), shares(found["memory_by_part"], GIB, "GiB")]
+    return [stacked_bars(bars, "GiB", limit, f"{found['gpu']}:"), shares(found["memory_by_part"], GIB, "GiB")]
 
 
 def in_gib(parts: dict[str, float]) -> dict[str, float]:
@@ -79,10 +79,15 @@ def compared(found: dict[str, Any], layouts: Sequence[dict[str, Any]]) -> list[s
         for row in layouts
     ]  # fmt: skip
     return [
-        stacked_bars(time, "s"),
-        stacked_bars(room, "GiB", limit, f"a {found['gpu']} has"),
+        stacked_bars(time, "s", order=largest_first(found["step_time_by_part"])),
+        stacked_bars(room, "GiB", limit, f"{found['gpu']}:", order=largest_first(found["memory_by_part"])),
         table(("layout", "step", "MFU", "memory", "why not the best"), rows),
     ]
+
+
+def largest_first(parts: dict[str, float]) -> list[str]:
+    """As the charts of the plan itself have them."""
+    return sorted((name for name, size in parts.items() if size > 0), key=lambda name: -parts[name])
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -94,6 +99,7 @@ def communication(found: dict[str, Any]) -> list[str]:
         (kind, "NVLink or the like" if link == "link" else "network", f"{size / 1e9:,.3f} GB")
         for link, kinds in found["communication_bytes"].items()
         for kind, size in sorted(kinds.items(), key=lambda item: -item[1])
+        if size > 1e5
     ]
     return [table(("collective", "over", "sent by a rank"), rows)] if rows else [paragraph("None.", "note")]
 

@@ -15,7 +15,7 @@ from megasora.models.packing import Shape
 from megasora.observe.hardware import Device
 from megasora.parallel.layout import Layout
 from megasora.parallel.schedule import bubble
-from megasora.planner.communication import communication, of_rows, of_state
+from megasora.planner.communication import of_rows, of_state
 from megasora.planner.job import Job, Row
 from megasora.planner.memory import again, tapes
 from megasora.planner.stages import Stage, blocks_of, stages
@@ -92,13 +92,23 @@ def sample_flops(model: Any, shape: Shape, text: int) -> tuple[float, float]:
     return 2.0 * (forward_macs(model, shape, text) - of_attention), 2.0 * of_attention
 
 
+@lru_cache(maxsize=1 << 16)
+def row_flops(model: Any, row: Row) -> tuple[float, float, float]:
+    """Forward, padding too, of linear layers and of attention; and of training its samples, as MFU counts."""
+    found = [sample_flops(model, shape, text) for shape, text in row.padded]
+    linear, attention = (sum(values) for values in zip(*found, strict=True))
+    return linear, attention, float(sum(training_flops(model, shape, text) for shape, text in row.samples))
+
+
+idle_share = lru_cache(maxsize=4096)(bubble)
+
+
 def products(job: Job, stage: Stage, row: Row) -> Work:
     """Matrix products and attention of one row, padding too, forward and backward, on one rank of a stage."""
-    found = [sample_flops(job.model, shape, text) for shape, text in row.padded]
+    linear, attention, _ = row_flops(job.model, row)
     share = len(stage.blocks) / blocks_of(job.model) / (job.layout.tp * (row.width or job.layout.cp))
     passes = 3 + (repeated(job, stage) if job.recompute == "full" else 0)
-    linear, attention = (share * passes * sum(values) for values in zip(*found, strict=True))
-    return replace(NOTHING, linear=linear, attention=attention)
+    return replace(NOTHING, linear=share * passes * linear, attention=share * passes * attention)
 
 
 def around_products(job: Job, stage: Stage, row: Row, device: Device) -> Work:
@@ -186,24 +196,23 @@ def step_time(job: Job, steps: Sequence[Step], device: Device) -> StepTime:
         found = parts(sum(map(work_of, step.rows[longest]), once), device, job.precision)
         found["waiting for the slowest"] = took - max(totals)
         if job.layout.pp > 1:
-            idle = bubble(job.layout.schedule, job.layout.pp, len(step.rows[0]))
+            idle = idle_share(job.layout.schedule, job.layout.pp, len(step.rows[0]))
             found["pipeline bubble"] = took * idle / (1 - idle)
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value / len(steps)
         every = [row for rows in step.rows for row in rows]
-        model_flops += sum(
-            row.counts * training_flops(job.model, shape, text) for row in every for shape, text in row.samples
-        )
+        model_flops += sum(row.counts * row_flops(job.model, row)[2] for row in every)
         tokens += sum(row.counts * (row.length - row.padding) for row in every)
         samples += sum(row.counts * len(row.samples) for row in every)
     n = len(steps)
     return StepTime(sums, model_flops / n, tokens / n, samples / n, whole / even)
 
 
-def collectives_by_link(job: Job, stage: Stage, device: Device) -> dict[str, dict[str, float]]:
-    """{"link": {"all_gather over shard": bytes sent}, "network": ...}."""
+def collectives_by_link(job: Job, stage: Stage, device: Device, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """{"link": {"all_gather over shard": bytes sent}, "network": ...} of a rank that has these rows in a step."""
     found: dict[str, dict[str, float]] = {"link": {}, "network": {}}
-    for one in communication(job, stage):
+    said = [one for row in rows for one in of_rows(replace(job, row=row, rows=1), stage)]
+    for one in [*said, *of_state(replace(job, rows=len(rows)), stage)]:
         name = f"{one.kind} over {one.axis}"
         place = found[link_of(one.axis, job.layout, device.node)]
         place[name] = place.get(name, 0.0) + one.total
