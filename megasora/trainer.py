@@ -22,7 +22,7 @@ from megasora.checkpoint.load import load, resume_path
 from megasora.checkpoint.ranks import Ranks
 from megasora.checkpoint.saver import Saver
 from megasora.cluster.heartbeat import Heartbeat, heartbeat
-from megasora.cluster.origin import origin
+from megasora.cluster.origin import node_name, origin
 from megasora.cluster.signals import StopRequest, stop_on_signal
 from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
@@ -35,7 +35,7 @@ from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.observe.spikes import SpikeWatch
-from megasora.parallel.mesh import Processes, processes, rank
+from megasora.parallel.mesh import Processes, node_report, processes, rank, ranks_of_nodes, spans
 from megasora.planner.check import check_plan, device_here
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
@@ -100,11 +100,15 @@ class Trainer:
         self.bad_samples = self.skipped = 0
         self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
+        nodes = ranks_of_nodes(group, node_name())
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
-                   fingerprint=self.data.fingerprint, torch=torch.__version__, **origin())  # fmt: skip
+                   fingerprint=self.data.fingerprint, torch=torch.__version__,
+                   nodes={node: spans(ranks) for node, ranks in nodes.items()},
+                   **origin())  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
                  self.step, f"{parameter_count(config.model):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip
+        log.info("%s: %s", group.layout, node_report(group.layout, nodes))
 
     def run(self) -> None:
         for segment in self.segments:

@@ -16,6 +16,7 @@ from data_pipelines.loader import Loader, Opener, cached_opener
 from data_pipelines.row_packing import Meet
 from data_pipelines.shards import ShardSet
 from data_pipelines.synthetic import SyntheticLatents
+from megasora.device import on_gpu
 from megasora.encoders import LatentFacts, check_latents, open_facts, open_online
 from megasora.errors import ConfigError
 from megasora.microbatch import patches_of, tokens_of
@@ -140,7 +141,7 @@ def build_loader(
         widths=layout.widths if layout.dynamic else (),
         meet=meeting(layout),
         obey=obey.get(segment, {}),
-        pin=group.device.type == "cuda",
+        pin=on_gpu(group.device),
     )
 
 

@@ -12,7 +12,8 @@ COLOURS = (
 )  # fmt: skip
 WIDTH, LEFT, RIGHT, BAR, STEP = 960, 250, 90, 18, 26
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 2em auto; max-width: 1000px; padding: 0 1em }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 1000px }
+body { margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin: 2em 0 .4em } p { margin: .3em 0 }
 .good { color: #00714f } .bad { color: #b03a00 } .note { color: #5b6875 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6em 0 }
@@ -55,7 +56,9 @@ def stacked_bars(
         x = LEFT + tick * scale
         drawn.append(f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{bottom}"/>')
         drawn.append(f'<text class="faint" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
-    drawn.append(f'<text class="faint" x="{LEFT + (ticks[-1]) * scale + 26:.1f}" y="{bottom + 16}">{escape(unit)}</text>')
+    drawn.append(
+        f'<text class="faint" x="{LEFT + (ticks[-1]) * scale + 26:.1f}" y="{bottom + 16}">{escape(unit)}</text>'
+    )
     if limit:
         x = LEFT + limit * scale
         drawn.append(f'<line class="limit" x1="{x:.1f}" y1="{top - 8}" x2="{x:.1f}" y2="{bottom}"/>')
@@ -122,7 +125,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def line(kind: str, cells: Sequence[str], right: Sequence[bool]) -> str:
     marks = [' class="number"' if number else "" for number in right]
-    return "<tr>" + "".join(f"<{kind}{m}>{escape(cell)}</{kind}>" for m, cell in zip(marks, cells, strict=True)) + "</tr>"
+    return (
+        "<tr>" + "".join(f"<{kind}{m}>{escape(cell)}</{kind}>" for m, cell in zip(marks, cells, strict=True)) + "</tr>"
+    )
 
 
 def paragraph(text: str, kind: str = "") -> str:

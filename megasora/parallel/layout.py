@@ -20,7 +20,8 @@ class ParallelConfig:
     layout: str = "auto"
     recompute: str = "none"
     offload: bool = False  # what blocks keep waits in the host's memory
-    plan_check: Literal["refuse", "warn", "off"] = "refuse"  # what `train` does where its plan needs more memory than there is
+    plan_check: Literal["refuse", "warn", "off"] = "refuse"  # what `train` does with what cannot fit
+    across_nodes: bool = False  # tp and Ulysses may be wider than a node
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"none|selective|full|every[1-9]\d*", self.recompute):

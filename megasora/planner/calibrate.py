@@ -45,7 +45,9 @@ def calibrate(files: Sequence[Path], text_tokens: int, firmness: float = FIRMNES
     for file, report in zip(files, raw, strict=True):
         if device_of(report).name != device.name:
             raise ConfigError(f"--calibrate={file}: of another device than {files[0]}, a {device.name}")
-        if device.name == "cpu":  # the first run of a precision stands for all: others are in units of their own products
+        if (
+            device.name == "cpu"
+        ):  # the first run of a precision stands for all: others are in units of their own products
             device.peaks.setdefault(report["config"]["precision"]["precision"], report["gemm_flops"])
     runs = [run_of(str(file), report, device, text_tokens) for file, report in zip(files, raw, strict=True)]
     source = {"efficiency": f"plan --calibrate of {len(runs)} runs of bench: {', '.join(run.name for run in runs)}"}
@@ -92,7 +94,9 @@ def fit(device: Device, runs: Sequence[Run], firmness: float = FIRMNESS) -> Devi
     what they hardly contain.
     """
     n = len(FITTED)
-    longer = torch.zeros(n + 1, dtype=torch.float64)  # logarithms of the factors on each one's seconds, and their middle
+    longer = torch.zeros(
+        n + 1, dtype=torch.float64
+    )  # logarithms of the factors on each one's seconds, and their middle
     prior = firmness * torch.cat([torch.eye(n), -torch.ones(n, 1)], dim=1).double()
     for _ in range(30):
         here = errors(device, runs, longer)

@@ -12,17 +12,18 @@ import torch
 from megasora.errors import ConfigError
 from megasora.observe.hardware import DEVICES, GIB, Device, this_cpu
 from megasora.parallel.layout import Layout
+from megasora.parallel.plan import check_layout
 from megasora.planner.encoders import encoder_bytes
 from megasora.planner.job import Job, Recompute
 from megasora.planner.memory import memory
 from megasora.planner.mixture import find_mixture
 from megasora.planner.plan import build_plan, has_room, job_of, label, recompute_of, refuse, with_device
-from megasora.planner.search import Make, beside, layouts, nearest, search
-from megasora.planner.step_time import Step
+from megasora.planner.search import POLICIES, Make, beside, layouts, nearest, search
+from megasora.planner.step_time import Step, step_time
 from megasora.schema import Config, Stage
 from megasora.training_data import TrainingData
 
-WORTH = 0.85  # of a step's time: a layout that a run is told of
+WORTH = 0.85  # of the run's time: a layout that it is told of
 
 
 def device_here(device: torch.device) -> Device:
@@ -35,20 +36,20 @@ def device_here(device: torch.device) -> Device:
 
 
 def check_plan(config: Config, layout: Layout, device: Device, data: TrainingData, advise: bool) -> list[str]:
-    """What there is to say about a run before it begins, a line each; `advise`: also of better layouts. Raises ConfigError for
+    """What there is to say about a run before it begins, a line each; `advise`: also of a better layout. Raises ConfigError for
     a stage that cannot fit, naming a layout that does, if parallel.plan_check=refuse."""
     said = []
-    encoders = encoder_bytes(config)
-    for stage in config.stages:
-        make = maker(config, stage, device, data, encoders)
-        job, steps = make(layout, *recompute_of(config.parallel))
+    encoders, policy = encoder_bytes(config), recompute_of(config.parallel)
+    makes = [maker(config, stage, device, data, encoders) for stage in config.stages]
+    for make, stage in zip(makes, config.stages, strict=True):
+        job, steps = make(layout, *policy)
         if not has_room(job, device):
             problem = refusal(make, job, steps, device)
             if config.parallel.plan_check == "refuse":
                 raise ConfigError(f"{problem} (stage {stage.name}; parallel.plan_check=warn goes on)")
             said.append(f"stage {stage.name}: {problem}")
-        elif advise and device.peaks:
-            said += better(make, job, steps, device, stage)
+    if advise and device.peaks and not said:
+        said += better(makes, config.stages, layout, policy, device)
     return said
 
 
@@ -68,17 +69,44 @@ def refusal(make: Make, job: Job, steps: Sequence[Step], device: Device) -> Conf
         return refuse(build_plan(job, steps, device), nearest(found, job.layout))
     needed = sum(with_device(memory(job), device).values())
     return ConfigError(
-        f"parallel.layout={job.layout}: needs {needed / GIB:.1f} GiB of the {device.memory / GIB:.1f} GiB that each process of this "
-        f"machine has; nearest is parallel.recompute=full, a smaller data.capacity or fewer processes"
+        f"parallel.layout={job.layout}: needs {needed / GIB:.1f} GiB of the {device.memory / GIB:.1f} GiB of each process of "
+        "this machine; nearest is parallel.recompute=full, a smaller data.capacity or fewer processes"
     )
 
 
-def better(make: Make, job: Job, steps: Sequence[Step], device: Device, stage: Stage) -> list[str]:
-    ours = build_plan(job, steps, device)
-    best = search(make, beside(job.layout, device.node, job.model), device, job.model)[0].plan
-    if best is None or best.time.seconds > WORTH * ours.time.seconds:
+def better(
+    makes: Sequence[Make], stages: Sequence[Stage], layout: Layout, policy: tuple[Recompute, int], device: Device
+) -> list[str]:
+    """A layout beside that one, with the least recomputation that fits, on which all stages together take much less."""
+    ours, job = seconds_of(makes, stages, layout, policy, device)
+    best, instead = ours, job
+    for other in beside(layout, device.node, job.model):
+        for tried in POLICIES:
+            try:
+                seconds, found = seconds_of(makes, stages, other, tried, device)
+            except ConfigError:
+                break  # the layout and the model or the batch do not go together
+            if seconds < float("inf"):
+                if seconds < best:
+                    best, instead = seconds, found
+                break
+    if best > WORTH * ours:
         return []
     return [
-        f"stage {stage.name}: parallel.layout={label(job)} is planned at {ours.time.seconds:.2f} s a step, "
-        f"{label(best.job)} at {best.time.seconds:.2f} s; see megasora plan --search"
+        f"parallel.layout={label(job)} is planned to take {ours / 86400:.3g} days, {label(instead)} {best / 86400:.3g}; "
+        "see megasora plan --search"
     ]
+
+
+def seconds_of(
+    makes: Sequence[Make], stages: Sequence[Stage], layout: Layout, policy: tuple[Recompute, int], device: Device
+) -> tuple[float, Job]:
+    """Of all stages, infinite if one does not fit; and the last one's job. Raises ConfigError."""
+    total = 0.0
+    for make, stage in zip(makes, stages, strict=True):
+        job, steps = make(layout, *policy)
+        check_layout(job.model, layout)
+        if not has_room(job, device):
+            return float("inf"), job
+        total += stage.steps * step_time(job, steps, device).seconds
+    return total, job

@@ -46,8 +46,8 @@ def numbers_in(directory: Path) -> int:
     count = 0
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118: no mapping
-                count += torch.Size(weights.get_slice(name).get_shape()).numel()
+            names: list[str] = [*weights.keys()]
+            count += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in names)
     return count
 
 

@@ -38,4 +38,3 @@ def read_profile(file: Path) -> Device:
 
 def write_profile(device: Device, file: Path) -> None:
     file.write_text(json.dumps(asdict(device), indent=1))
-

@@ -13,7 +13,9 @@ def report(found: dict[str, Any], layouts: Sequence[dict[str, Any]] = ()) -> str
     sections = [("", summary(found)), ("Memory of one device", memory(found)), ("A step", step(found))]
     if layouts:
         sections.append(("Layouts", compared(found, layouts)))
-    return page(title, [*sections, ("Communication of a step", communication(found)), ("Parameters", parameters(found))])
+    return page(
+        title, [*sections, ("Communication of a step", communication(found)), ("Parameters", parameters(found))]
+    )
 
 
 def summary(found: dict[str, Any]) -> list[str]:
@@ -24,8 +26,14 @@ def summary(found: dict[str, Any]) -> list[str]:
         ("step", f"{found['step_time_s']:.3f} s, limited by {found['limit']}"),
         ("MFU", f"{100 * found['mfu']:.1f} %, {found['tflops_per_device']:.0f} TFLOP/s a device"),
         ("throughput", f"{found['tokens_per_s']:,.0f} tokens/s, {found['samples_per_s']:.2f} samples/s"),
-        ("FLOPs", f"{found['flops_per_sample'] / 1e12:,.1f} TFLOP a sample, {found['flops_per_token'] / 1e9:.2f} GFLOP a token"),
-        ("rows", f"{found['rows_per_rank']} a rank, the largest of {found['row_tokens']:,} tokens; data: {found['data']}"),
+        (
+            "FLOPs",
+            f"{found['flops_per_sample'] / 1e12:,.1f} TFLOP a sample, {found['flops_per_token'] / 1e9:.2f} GFLOP a token",
+        ),
+        (
+            "rows",
+            f"{found['rows_per_rank']} a rank, the largest of {found['row_tokens']:,} tokens; data: {found['data']}",
+        ),
         ("imbalance, bubble", f"{found['imbalance']:.3f}, {100 * found['bubble']:.1f} %"),
         ("checkpoint", f"{found['checkpoint_bytes'] / 1e9:,.1f} GB, {found['checkpoint_s']:.0f} s"),
     ]
@@ -45,7 +53,11 @@ def memory(found: dict[str, Any]) -> list[str]:
     stages = found["memory_by_stage"]
     several = len(stages) > 1
     bars = [
-        Bar(f"pipeline stage {number}" if several else "every device", in_gib(parts), f"{sum(parts.values()) / GIB:.1f} GiB")
+        Bar(
+            f"pipeline stage {number}" if several else "every device",
+            in_gib(parts),
+            f"{sum(parts.values()) / GIB:.1f} GiB",
+        )
         for number, parts in enumerate(stages)
     ]
     limit = found["memory_limit_bytes"] / GIB

@@ -29,6 +29,7 @@ from megasora.microbatch import patches_of
 from megasora.models.families import PRESETS, parameter_count
 from megasora.observe.hardware import DEVICES, Device
 from megasora.parallel.layout import Layout, parse_layout
+from megasora.parallel.plan import check_layout
 from megasora.planner.calibrate import calibrate
 from megasora.planner.dry_run import DryRun, dry_run
 from megasora.planner.encoders import encoder_bytes
@@ -64,10 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="that --dry-run is")
     parser.add_argument("--fewest", action="store_true", help="the least number of devices on which the job fits")
-    parser.add_argument("--longest", action="store_true", help="the longest video of the stage's largest picture that fits")
+    parser.add_argument(
+        "--longest", action="store_true", help="the longest video of the stage's largest picture that fits"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also a page with charts; of layouts with --search")
-    parser.add_argument("--calibrate", type=Path, nargs="+", metavar="REPORT", help="reports of bench on one kind of device")
-    parser.add_argument("--profile", type=Path, default=Path("profile.json"), metavar="FILE", help="that --calibrate writes")
+    parser.add_argument(
+        "--calibrate", type=Path, nargs="+", metavar="REPORT", help="reports of bench on one kind of device"
+    )
+    parser.add_argument(
+        "--profile", type=Path, default=Path("profile.json"), metavar="FILE", help="that --calibrate writes"
+    )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search lists")
     parser.add_argument(
         "--tokens", type=float, default=0, metavar="N", help="a budget of training: device-hours for it"
@@ -114,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--world={layout.world}: no layout of so many {device.name}s fits; try --fewest")
         show(args, facts(candidates[0].plan, mixture, config), ranking(candidates, args.top))
         return
+    check_layout(config.model, layout, None if config.parallel.across_nodes else device.node)
     job, steps = make(layout, *recompute_of(config.parallel))
     if args.longest:
         report_longest(args, config, job, device, stage, mixture)
@@ -162,7 +170,9 @@ def report_longest(
     text = (args.text_tokens or UNKNOWN_TEXT) if config.model.text_width else 0
     found = longest(job, job.layout.world, device, (H, W), text)
     if found is None:
-        raise ConfigError(f"--longest: not even one frame of {bucket.height}x{bucket.width} fits on {job.layout.world} devices")
+        raise ConfigError(
+            f"--longest: not even one frame of {bucket.height}x{bucket.width} fits on {job.layout.world} devices"
+        )
     frames = 1 + (found[0] * patch[0] - 1) * compression[0]
     fps = config.encode.fps or config.sample.fps
     answer = facts(found[1], mixture, config)
@@ -180,7 +190,9 @@ def report_calibration(args: argparse.Namespace) -> None:
         return
     for row in rows:
         off = 100 * (row["predicted_s"] / row["measured_s"] - 1)
-        print(f"{row['report']:<60} measured {row['measured_s']:9.4f} s, predicted {row['predicted_s']:9.4f} s {off:+6.1f} %")
+        print(
+            f"{row['report']:<60} measured {row['measured_s']:9.4f} s, predicted {row['predicted_s']:9.4f} s {off:+6.1f} %"
+        )
     print(", ".join(f"{name} {value:.3g}" for name, value in vars(device.efficiency).items()))
     print(f"{args.profile}: for --gpu={args.profile}")
 

@@ -84,6 +84,7 @@ def test_one_and_two_processes_have_the_same_losses(road: Road, straight: Path) 
             assert (pair["world"], pair["layout"]) == (2, layout)
 
 
+@pytest.mark.long  # the matrix of layouts has shorter ones
 def test_another_layout_goes_on_with_the_same_run(road: Road, straight: Path) -> None:
     run = road.directory / "moved"
     road.run("train", f"--run.dir={run}", "--run.steps=20", "--parallel.layout=dp2,zero3", nproc=2)

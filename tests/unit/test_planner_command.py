@@ -150,7 +150,9 @@ def test_the_page_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert not any(word in page for word in ("http://", "https://", "<script")) or page.count("http://") == page.count(
         'xmlns="http://www.w3.org/2000/svg"'
     )
-    code, _, err = plan(capsys, "--config", CONFIG, "--world", "8", "--html", str(tmp_path / "no" / "x.html"), "--longest")
+    code, _, err = plan(
+        capsys, "--config", CONFIG, "--world", "8", "--html", str(tmp_path / "no" / "x.html"), "--longest"
+    )
     assert (code, "--html=" in err) == (2, True)
 
 
@@ -178,7 +180,7 @@ def test_rows_of_several_widths_cost_what_they_share() -> None:
         assert times[text].samples == pytest.approx(64)
         assert times[text].model_flops == pytest.approx(times["dp2,cp4,zero2"].model_flops)
     plain, dynamic = times.values()
-    assert dynamic.parts["communication"] < 0.7 * plain.parts["communication"]
+    assert dynamic.parts["communication"] < 0.8 * plain.parts["communication"]  # short rows have none in attention
     wide = replace(steps[0].rows[0][0], width=4)
     narrow = replace(wide, length=wide.length // 4, width=1, samples=wide.samples[:1])
     assert job_at(job, wide).place().tokens == narrow.length
@@ -223,14 +225,14 @@ def test_train_refuses_what_cannot_fit() -> None:
     assert any("needs" in line for line in check_plan(willing, layout, device, data, advise=True))
     assert check_plan(config, layout, DEVICES["H100"], data, advise=False) == []
     on_cpu = replace(this_cpu({}), memory=0.05 * GIB)
-    with pytest.raises(ConfigError, match="that each process of this machine has"):
+    with pytest.raises(ConfigError, match="of each process of this machine"):
         check_plan(config, layout, on_cpu, data, advise=True)
 
 
 def test_train_is_told_of_a_better_layout() -> None:
-    config = check_unit(load_config(Path(CONFIG), ["--data.global_batch=64"]), parse_layout("dp1,tp8"))
+    config = check_unit(load_config(Path(CONFIG), ["--data.global_batch=64"]), parse_layout("dp2,tp4"))
     data = synthetic_data(config, 128)
-    (*_, line) = check_plan(config, parse_layout("dp1,tp8:nosp"), DEVICES["H100"], data, advise=True)
+    (*_, line) = check_plan(config, parse_layout("dp2,tp4:nosp"), DEVICES["H100"], data, advise=True)
     assert "see megasora plan --search" in line
     good = replace(config, parallel=replace(config.parallel, recompute="selective"))
     assert check_plan(good, parse_layout("dp8,zero2"), DEVICES["H100"], data, advise=True) == []
