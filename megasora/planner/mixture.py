@@ -43,7 +43,7 @@ class Mixture:
     expected: dict[Bucket, float]
     empty: list[Bucket]  # buckets that no sample falls into
     real: bool  # of the run's own data; else all buckets alike
-    known: dict[tuple[int, str], list[Step]] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], list[Step]] = field(default_factory=dict)
 
     @property
     def global_batch(self) -> int:

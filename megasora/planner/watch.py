@@ -2,7 +2,7 @@
 its making to its end."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,13 +49,11 @@ class Watch(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         if func.namespace in ("_c10d_functional", "c10d") and name in KINDS:
             self.calls.append(Call(KINDS[name], ranks_of(args), bytes_in(KINDS[name], name, args)))
-        for tensor in tree_leaves(args):
-            if isinstance(tensor, Tensor):
-                self.note(tensor, before=True)
+        for tensor in tensors_in(args):
+            self.note(tensor, before=True)
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.note(tensor)
+        for tensor in tensors_in((result,)):
+            self.note(tensor)
         return result
 
     def note(self, tensor: Tensor, before: bool = False) -> None:
@@ -96,6 +94,15 @@ class Watch(TorchDispatchMode):
                 live += more
                 most = max(most, live)
         return most
+
+
+def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Of arguments or results of an operation, which are tensors, lists of them, and what is neither."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
 
 
 @contextmanager

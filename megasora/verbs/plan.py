@@ -184,7 +184,9 @@ def report_longest(
 def report_calibration(args: argparse.Namespace) -> None:
     device, runs = calibrate(args.calibrate, TEXT_TOKENS)
     write_profile(device, args.profile)
-    rows = [{"report": run.name, "measured_s": run.seconds, "predicted_s": run.predicted(device)} for run in runs]
+    rows: list[dict[str, Any]] = [
+        {"report": run.name, "measured_s": run.seconds, "predicted_s": run.predicted(device)} for run in runs
+    ]
     if args.json:
         print(json.dumps({"profile": str(args.profile), "efficiency": vars(device.efficiency), "runs": rows}))
         return
