@@ -37,10 +37,12 @@ def spread(values: Tensor, sample: Tensor) -> Tensor:
     On a CPU by stretches, whose gradients are plain sums; those of an index are added element by element. Fake tensors have no
     numbers to count.
     """
-    if sample.is_cuda or isinstance(sample, FakeTensor):
+    if sample.is_cuda:
         return values.index_select(0, sample)
     if len(values) == 1:
         return values.expand(len(sample), -1)
+    if isinstance(sample, FakeTensor):
+        return values.index_select(0, sample)
     lengths = torch.bincount(sample, minlength=len(values)).tolist()
     return torch.cat([row.expand(n, -1) for row, n in zip(values, lengths, strict=True)])
 

@@ -37,7 +37,7 @@ def in_blocks(job: Job, stage: Stage) -> list[Collective]:
     """Of tensor and context parallelism. A block that is computed again speaks again, unless what it heard was kept."""
     counts: dict[Call, int] = {}
     for number, tape in zip(stage.blocks, tapes(job, stage), strict=True):
-        twice = again(job, number) and job.recompute == "full"
+        twice = again(job, stage, number) and job.recompute == "full"
         for calls, times in ((tape.calls, 2 if twice else 1), (tape.backward_calls, 1)):
             for call in calls:
                 counts[call] = counts.get(call, 0) + times * job.rows

@@ -122,7 +122,7 @@ def around_products(job: Job, stage: Stage, row: Row, device: Device) -> Work:
 
 def repeated(job: Job, stage: Stage) -> float:
     """The share of the stage's blocks whose forward pass is computed again."""
-    return sum(again(job, number) for number in stage.blocks) / max(1, len(stage.blocks))
+    return sum(again(job, stage, number) for number in stage.blocks) / max(1, len(stage.blocks))
 
 
 def spoken(said: Sequence[Collective], layout: Layout, device: Device) -> Work:

@@ -11,14 +11,14 @@ from megasora.planner.job import Job, Row
 
 SHARED = ["--model.width=512", "--model.heads=8", "--model.ffn=2048", "--model.text_width=64"]
 FAMILIES: dict[str, list[str]] = {
-    "video_dit": ["--model.depth=12"],
-    "mmdit": ["--model.family=mmdit", "--model.depth=4", "--model.single_depth=8", "--model.pooled_width=64",
+    "video_dit": ["--model.depth=8"],
+    "mmdit": ["--model.family=mmdit", "--model.depth=3", "--model.single_depth=5", "--model.pooled_width=64",
               "--model.axes=[16,24,24]"],
     "stdit": ["--model.family=stdit", "--model.depth=12"],
 }  # fmt: skip
 LAYOUTS = (
     "dp1@none dp2,zero1@none dp4,zero2@none dp8,zero3@none hsdp2x2,zero3@full dp1,tp2@none tp4,dp2,zero1@selective"
-    " dp1,cp2@none dp2,cp4,zero3@full pp2@none pp4:interleaved@every2 pp2,tp2,dp2,zero1@none"
+    " dp1,cp2,zero1@none dp2,cp4,zero3@full pp2@none pp4:interleaved@every2 pp2,tp2,dp2,zero1@none"
 ).split()
 
 
