@@ -10,17 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipelines.buckets import buckets_of
 from megasora.checkpoint.convert import Contents, write_safetensors
 from megasora.checkpoint.manifest import write_json
 from megasora.checkpoint.metadata import SavedTensor
 from megasora.config import parse_config
 from megasora.errors import ConfigError
+from megasora.microbatch import patches_of
 from megasora.models.base import ModelConfig
 from megasora.models.dit import DiTConfig
 from megasora.models.families import build_model
 from megasora.models.interop.classes import class_of
 from megasora.models.interop.names import export_weights
-from megasora.models.packing import Item, in_patches, pack, patchify
+from megasora.models.packing import Item, Shape, in_patches, pack, patchify
 from megasora.models.published_vae import PUBLISHED
 from megasora.models.stdit import STDiTConfig
 from megasora.schema import Config
@@ -48,7 +50,7 @@ def export(source: Contents, target: Path, weights: str) -> Report:
     model = config.model
     try:
         known = class_of(model)
-        arguments = known.arguments(model)
+        arguments = known.arguments(model, largest_latent(config))
     except ValueError as error:
         raise ConfigError(f"model.{error}") from None
     names = [name.removeprefix(f"{weights}/") for name in source.tensors if name.startswith(f"{weights}/")]
@@ -78,6 +80,14 @@ def export(source: Contents, target: Path, weights: str) -> Report:
     )  # fmt: skip
     (target / "export.json").write_text(json.dumps(vars(found) | {"source": str(source.path)}, indent=1) + "\n")
     return found
+
+
+def largest_latent(config: Config) -> Shape:
+    """(T, H, W) of the longest clips and the largest pictures of the last stage."""
+    buckets = buckets_of(config.stages[-1].buckets)
+    every = [patches_of(bucket, config.vae.compression, (1, 1, 1)) for bucket in buckets]
+    T, H, W = (max(sizes) for sizes in zip(*every, strict=True))
+    return T, H, W
 
 
 def scheduler_of(config: Config) -> dict[str, Any]:

@@ -111,8 +111,11 @@ def _open_diffusers(path: Path) -> Source:
     theirs: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         theirs |= load_file(file)
-    config = known.config(facts)
-    ours = import_weights(theirs, known.weight_map(config), config.depth)
+    try:
+        config = known.config(facts)
+        ours = import_weights(theirs, known.weight_map(config), config.depth)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{directory}: not a {known.name} that is known here: {error}") from error
     return Source(frozenset(ours), ours.__getitem__, config.patch, config.channels)
 
 

@@ -87,6 +87,8 @@ class CheckedReader(FileSystemReader):
         assert isinstance(described, TensorStorageMetadata)
         shape = next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset)
         record = torch._C.PyTorchFileReader(self._slice_file(stream, place)).get_record_offset("data/0")  # type: ignore[attr-defined]
+        if record + math.prod(shape) * described.properties.dtype.itemsize > place.length:
+            raise EOFError(f"{index.fqn}: its file has fewer bytes than the metadata says")
         stream.seek(place.offset + record)
         target = planner.resolve_tensor(item).detach()
         dtype = described.properties.dtype

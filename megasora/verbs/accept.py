@@ -4,13 +4,14 @@ JSON record. Exits 1 and names what failed.
 --table prints such records as the rows of a table, for a README that says what has run on what.
 
 examples:
-  megasora accept --config configs/demo.yaml --nproc 2 --layout dp2 --layout tp2 --output accepted.json
+  megasora accept --config configs/demo.yaml --processes 2 --layout dp2 --layout tp2 --output accepted.json
   megasora launch slurm accept --nodes 1 --gpus-per-node 8 --config configs/wan-1.3b.yaml --layout dp8,zero3
   megasora accept --table accepted.json other.json
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from megasora.errors import CheckFailed, ConfigError
 from megasora.observe.logs import log, start_logging
 
 SCHEMA = 1
+# What a launcher tells a worker; the parts are none, they start their own.
+OF_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "MEGASORA_LAUNCHER")
 GPU_CHECK = Path(__file__).parents[2] / "kernels" / "gpu_check.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes; default: one a GPU, or one")
+    parser.add_argument("--processes", type=int, metavar="N", help="of the bench; default: one a GPU, or one")
     parser.add_argument(
         "--layout", action="append", default=[], metavar="L", help="to prove and, the first, to measure"
     )
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from megasora.device import devices_here
 
     load_config(args.config, args.overrides)
-    nproc = args.nproc or len(devices_here())
+    nproc = args.processes or len(devices_here())
     record = accept(args.config, args.overrides, nproc, args.layout or [f"dp{nproc}"])
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,8 @@ def part(command: list[str]) -> dict[str, Any]:
     """A command's exit code, seconds and JSON; of one that failed its last line, of one that prints no JSON its text."""
     log.info("%s", " ".join(command[1:]))
     begin = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHER)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     found: dict[str, Any] = {"exit": done.returncode, "seconds": round(time.monotonic() - begin, 1)}
     if done.returncode:
         found["error"] = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]

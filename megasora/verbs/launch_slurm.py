@@ -25,6 +25,7 @@ from megasora.verbs.launch import SLURM_VERBS, check_numbers
 
 SHARED = ("train", "bench", "doctor")  # verbs whose processes work together; the others of a node work for themselves
 ALONE = ("prepare", "parity", "doctor", "accept", "train-vae")  # verbs that want one process a node
+CHECKS = ("parity", "doctor", "accept")  # verbs that fail by finding something: again they would find it again
 ARRAYS = ("prepare", "encode")  # verbs whose tasks share the work without meeting
 
 
@@ -151,7 +152,7 @@ def describe(args: argparse.Namespace, configs: list[Config], arguments: list[st
         container=args.container,
         mounts=",".join(dict.fromkeys([f"{here}:{here}", f"{run}:{run}", *filter(None, [args.mounts])])),
         warning=args.warning,
-        max_restarts=args.max_restarts,
+        max_restarts=0 if args.verb in CHECKS else args.max_restarts,
         stall=args.stall,
         doctor=doctor,
         reports=snapshot / "doctor",

@@ -2,15 +2,18 @@
 
 import json
 
+import pytest
+
 from megasora.verbs.accept import read_record
 from megasora.verbs.accept import table as verb_table
 from tests.integration.conftest import Road
 
+SMALL = ["--bench.warmup=1", "--bench.steps=2", "--processes=2", "--layout=tp2"]
 
-def test_a_machine_is_accepted_and_a_sick_one_is_not(road: Road) -> None:
+
+def test_a_machine_is_accepted(road: Road) -> None:
     record = road.directory / "accepted.json"
-    small = ["--bench.warmup=1", "--bench.steps=2", f"--output={record}", "--nproc=2", "--layout=tp2"]
-    done = road.run("accept", *small)
+    done = road.run("accept", *SMALL, f"--output={record}")
     found = json.loads(record.read_text())
     assert json.loads(done.stdout) == found
     assert found["accepted"]
@@ -20,6 +23,10 @@ def test_a_machine_is_accepted_and_a_sick_one_is_not(road: Road) -> None:
     kernels = found["parts"]["kernels"]
     row = verb_table([read_record(record)])
     assert row.count("| passed") == 3 + ("skipped" not in kernels)
-    bad = road.run("accept", *small, "--model.heads=3", code=1)
+
+
+@pytest.mark.long
+def test_what_failed_is_named(road: Road) -> None:
+    bad = road.run("accept", *SMALL, "--model.heads=3", code=1)
     assert "megasora: not accepted: parity, bench; " in bad.stderr
     assert "3 heads do not divide by tp" in bad.stderr

@@ -298,3 +298,14 @@ def _is_child(pid: int, env: dict[str, str]) -> bool:
 
 def processes_of(job: str) -> list[int]:
     return [pid for pid, env in environments() if env.get("SLURM_JOB_ID") == job]
+
+
+@pytest.mark.long
+def test_a_node_is_accepted(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
+    run, record = road.directory / "accepting", road.directory / "accepting.json"
+    small = ["--bench.warmup=1", "--bench.steps=2", "--layout=tp2", "--processes=2", f"--output={record}"]
+    job = launch("accept", f"--run.dir={run}", *small, nproc=2)
+    assert cluster.wait(job, timeout=240)["JobState"] == "COMPLETED", output(run)
+    found = json.loads(record.read_text())
+    assert found["accepted"]
+    assert found["parts"]["bench"]["result"]["world"] == 2

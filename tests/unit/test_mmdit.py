@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megasora.models.mmdit import PRESETS, MMDiT, MMDiTConfig, forward_macs, join, text_timestep
+from megasora.models.joint import join
+from megasora.models.mmdit import PRESETS, MMDiT, MMDiTConfig, forward_macs, text_timestep
 from megasora.models.packing import Item, PackedRow, Shape, pack
 
 SMALL = MMDiTConfig(

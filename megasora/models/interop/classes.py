@@ -12,22 +12,20 @@ from megasora.models.dit import DiTConfig
 from megasora.models.interop import dit, hunyuan, latte, wan
 from megasora.models.interop.names import Rename
 from megasora.models.mmdit import MMDiTConfig
-from megasora.models.packing import Item
+from megasora.models.packing import Item, Shape
 from megasora.models.stdit import STDiTConfig
 from megasora.models.video_dit import VideoDiTConfig
-
-SIDE = 64  # diffusers' DiT fixes the side of its latents; another one is an argument of its config
 
 
 @dataclass(frozen=True)
 class Class:
-    """`arguments` of its config for a model of ours, and back: `config`. `call` gives what it says of one latent [C, T, H, W]:
-    [C or 2·C, T, H, W], for a sample's timestep (of 1000), text and so on."""
+    """`arguments` of its config for a model of ours and its largest latents (T, H, W), and back: `config`. `call` gives what it
+    says of one latent [C, T, H, W]: [C or 2·C, T, H, W], for a sample's timestep (of 1000), text and so on."""
 
     name: str
     pipeline: str
     weight_map: Callable[[Any], list[Rename]]
-    arguments: Callable[[Any], dict[str, Any]]
+    arguments: Callable[[Any, Shape], dict[str, Any]]
     config: Callable[[dict[str, Any]], ModelConfig]
     call: Callable[[nn.Module, Tensor, Tensor, Item], Tensor]
 
@@ -50,30 +48,38 @@ def _call_latte(theirs: nn.Module, latent: Tensor, t: Tensor, item: Item) -> Ten
     return theirs(latent[None], t.long(), item.text[None]).sample[0]
 
 
-WAN = Class("WanTransformer3DModel", "WanPipeline", wan.weight_map, wan.to_diffusers, wan.config_of, _call_wan)
+WAN = Class(
+    "WanTransformer3DModel", "WanPipeline",
+    wan.weight_map, lambda model, _: wan.to_diffusers(model), wan.config_of, _call_wan,
+)  # fmt: skip
 HUNYUAN = Class(
     "HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline",
-    hunyuan.weight_map, hunyuan.to_diffusers, hunyuan.config_of, _call_hunyuan,
+    hunyuan.weight_map, lambda model, _: hunyuan.to_diffusers(model), hunyuan.config_of, _call_hunyuan,
 )  # fmt: skip
 LATTE = Class(
-    "LatteTransformer3DModel", "LattePipeline", latte.weight_map, latte.to_diffusers, latte.config_of, _call_latte
-)
+    "LatteTransformer3DModel", "LattePipeline",
+    latte.weight_map, lambda model, latent: latte.to_diffusers(model, latent[0]), latte.config_of, _call_latte,
+)  # fmt: skip
 DIT = Class(
     "DiTTransformer2DModel", "DiTPipeline",
-    dit.weight_map, lambda config: dit.to_diffusers(config, SIDE), dit.config_of, _call_dit,
+    dit.weight_map, lambda model, latent: dit.to_diffusers(model, max(latent[1:])), dit.config_of, _call_dit,
 )  # fmt: skip
 CLASSES = {known.name: known for known in (WAN, HUNYUAN, LATTE, DIT)}
 
 
 def class_of(model: ModelConfig) -> Class:
-    """What diffusers calls this model. Raises ValueError for one that it has no class for."""
+    """What diffusers calls this model. Raises ValueError, naming what it has no place for."""
     match model:
-        case VideoDiTConfig(temporal="full", position="rope"):
+        case VideoDiTConfig():
             return WAN
-        case MMDiTConfig(text="refiner", guidance_embed=False):
+        case MMDiTConfig(guidance_embed=True):
+            raise ValueError("guidance_embed=true: of such models only false is exported")
+        case MMDiTConfig(text="refiner"):
             return HUNYUAN
+        case MMDiTConfig():
+            raise ValueError(f"text={model.text}: diffusers' HunyuanVideo has refiner")
         case STDiTConfig():
             return LATTE
         case DiTConfig():
             return DIT
-    raise ValueError(f"family={model.family}: diffusers has no class for such a model")  # type: ignore[attr-defined]
+    raise ValueError("family: diffusers has no class for it")

@@ -31,7 +31,10 @@ def weight_map(config: VideoDiTConfig) -> list[Rename]:
 
 
 def to_diffusers(config: VideoDiTConfig) -> dict[str, Any]:
-    """The arguments of WanTransformer3DModel for our config."""
+    """The arguments of WanTransformer3DModel for our config. Raises ValueError for what it cannot express."""
+    for name, value in {"position": "rope", "temporal": "full"}.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}={getattr(config, name)}: Wan has {value}")
     return {
         "patch_size": config.patch,
         "num_attention_heads": config.heads,
