@@ -141,7 +141,9 @@ def backward_moment(job: Job, stage: Stage, of_block: dict[int, int], whole: int
     else:
         begins = [(full, 0.0), (full - one_row, float(whole))] if job.rows > 1 else [(full, 0.0)]
     moments = [
-        moment for live, gradients in begins for moment in backward(job, stage, blocks, of_block, whole, live, gradients)
+        moment
+        for live, gradients in begins
+        for moment in backward(job, stage, blocks, of_block, whole, live, gradients)
     ]
     return max(moments, key=lambda parts: sum(parts.values()))
 

@@ -54,9 +54,10 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in((result,)):
             self.note(tensor)
-        if name == "wait_tensor" and (number := self.number_of(args[0])) != self.number_of(result):
-            if number is not None and number >= 0:
-                self.resized(number, 0)  # a fake one comes out as another tensor, a real one as itself
+        # Waiting makes another tensor of a fake one and gives back a real one itself.
+        number = self.number_of(args[0]) if name == "wait_tensor" else None
+        if number is not None and number >= 0 and number != self.number_of(result):
+            self.resized(number, 0)
         return result
 
     def note(self, tensor: Tensor, before: bool = False) -> None:

@@ -16,10 +16,11 @@ FAMILIES: dict[str, list[str]] = {
               "--model.axes=[16,24,24]"],
     "stdit": ["--model.family=stdit", "--model.depth=12"],
 }  # fmt: skip
-LAYOUTS = (
-    "dp1@none dp2,zero1@none dp4,zero2@none dp8,zero3@none hsdp2x2,zero3@full dp1,tp2@none tp4,dp2,zero1@selective"
-    " dp1,cp2,zero1@none dp2,cp4,zero3@full pp2@none pp4:interleaved@every2 pp2,tp2,dp2,zero1@none"
-).split()
+LAYOUTS = [
+    "dp1@none", "dp2,zero1@none", "dp4,zero2@none", "dp8,zero3@none", "hsdp2x2,zero3@full", "dp1,tp2@none",
+    "tp4,dp2,zero1@selective", "dp1,cp2,zero1@none", "dp2,cp4,zero3@full", "pp2@none", "pp4:interleaved@every2",
+    "pp2,tp2,dp2,zero1@none",
+]  # fmt: skip
 
 
 def step(family: str, layout: str) -> DryRun:
