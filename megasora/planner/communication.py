@@ -16,9 +16,10 @@ from megasora.planner.stages import Stage
 from megasora.planner.tape import FLOAT, Call, Collective
 
 
-def communication(job: Job, stage: Stage) -> list[Collective]:
-    """Of a step, on a rank of that stage. Kind and axis by kind and axis, of equal ones their number."""
-    return of_rows(job, stage) + of_state(job, stage)
+def communication(job: Job, stage: Stage, place: int = 0) -> list[Collective]:
+    """Of a step, on a rank of that stage, and at that place of the shards: the last ones may have less. Kind and axis by kind and
+    axis, of equal ones their number."""
+    return of_rows(job, stage) + of_state(job, stage, place)
 
 
 def of_rows(job: Job, stage: Stage) -> list[Collective]:
@@ -26,9 +27,9 @@ def of_rows(job: Job, stage: Stage) -> list[Collective]:
     return in_blocks(job, stage) + between_stages(job, stage)
 
 
-def of_state(job: Job, stage: Stage) -> list[Collective]:
+def of_state(job: Job, stage: Stage, place: int = 0) -> list[Collective]:
     """What belongs to weights and gradients, and what all say to all."""
-    found = weights(job, stage) + gradients(job, stage) + orthogonalised(job, stage)
+    found = weights(job, stage) + gradients(job, stage, place) + orthogonalised(job, stage)
     world = job.layout.world
     return [*found, Collective("all_reduce", "world", world, FLOAT, 2)] if world > 1 else found  # loss and norm
 
@@ -60,7 +61,7 @@ def weights(job: Job, stage: Stage) -> list[Collective]:
     return [Collective("all_gather", "shard", shards, size, times, hidden=hidden) for size, hidden in sent]
 
 
-def gradients(job: Job, stage: Stage) -> list[Collective]:
+def gradients(job: Job, stage: Stage, place: int) -> list[Collective]:
     """Summing them, over those who see other tokens, the tensor group and the pipeline."""
     layout, shards, tp = job.layout, job.shards, job.layout.tp
     sizes, fsdp, mine = stage.sizes(job), layout.zero >= 2, stage.parameters(job.model)
@@ -86,7 +87,7 @@ def gradients(job: Job, stage: Stage) -> list[Collective]:
     whole = [p for p in mine if p.split is None] if tp > 1 else []
     shared = [p for p in sorted(mine, key=lambda p: p.name) if p.block is None and stage.shares(p.module)]
     for axis, ranks, some in (("tp", tp, whole), ("pp", layout.pp, shared if layout.pp > 1 else [])):
-        numbers = [p.stored(tp, shards) if fsdp else p.here(tp) for p in some]
+        numbers = [p.owned(tp, shards, place) if fsdp else p.here(tp) for p in some]
         sent_together = in_buckets(numbers, [FLOAT * n for n in numbers])
         found += [Collective("all_reduce", axis, ranks, sent, 1) for sent in sent_together]
     return found

@@ -55,19 +55,20 @@ class DryRun:
     watch: Watch
 
 
-def alone(job: Job) -> Job:
+def alone(job: Job, rows: int = 2) -> Job:
     """The job with rows of one sample without padding: lengths of several are data, which fake tensors do not have. It is as much
-    wider as makes the ranks' stretches of it equal."""
+    wider as makes the ranks' stretches of it equal. There are as many rows as fill the pipeline, and `rows` at least: two tell
+    what a row costs from what a step costs."""
     (T, H, W), text = max(job.row.samples, key=lambda sample: sample[0][0] * sample[0][1] * sample[0][2])
-    rows = min(job.rows, max(job.layout.pp, 2))  # two tell what a row costs from what a step costs
     unit = 2 * job.layout.tp * job.layout.cp
     W = -(-W // (unit // math.gcd(unit, T * H))) * (unit // math.gcd(unit, T * H))
-    return replace(job, row=Row((((T, H, W), text),), T * H * W), rows=rows, kernels=False)
+    return replace(job, row=Row((((T, H, W), text),), T * H * W), rows=min(job.rows, max(job.layout.pp, rows)),
+                   kernels=False)  # fmt: skip
 
 
-def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
-    """Builds and steps `alone(job)` as that rank. No process group may be there; none is left."""
-    job = alone(job)
+def dry_run(config: Config, job: Job, rank: int = 0, rows: int = 2) -> DryRun:
+    """Builds and steps `alone(job, rows)` as that rank. No process group may be there; none is left."""
+    job = alone(job, rows)
     if job.ddp:
         nearest = replace(job.layout, zero=1)
         raise ConfigError(f"parallel.layout={job.layout}: DDP does not take fake tensors; nearest is {nearest}")
@@ -170,12 +171,16 @@ def compare(job: Job, group: Processes, engine: TorchNative, watch: Watch, peak:
 
 def owned(job: Job, stage: Stage, group: Processes) -> tuple[float, float]:
     """Bytes of weights and of the optimizer's state on this very rank; `memory` has the first one of those that share them."""
-    ranks = ranks_of("data" if job.layout.zero == 1 else "shard", group)
-    place = ranks.index(group.rank) if job.shards > 1 else 0
-    mine = stage.parameters(job.model)
+    mine, place = stage.parameters(job.model), place_of(job, group)
     own = [p.owned(job.layout.tp, job.shards, place) for p in mine]
     weights = own if job.layout.zero >= 2 else [p.here(job.layout.tp) for p in mine]
     return 4.0 * sum(weights), float(optimizer_bytes(job, mine, own))
+
+
+def place_of(job: Job, group: Processes) -> int:
+    """Of this rank among those that share the optimizer's state."""
+    ranks = ranks_of("data" if job.layout.zero == 1 else "shard", group)
+    return ranks.index(group.rank) if job.shards > 1 else 0
 
 
 Calls = dict[tuple[str, tuple[int, ...]], tuple[int, int]]  # (kind, ranks) -> calls and bytes in
@@ -193,7 +198,7 @@ def found_calls(watch: Watch) -> Calls:
 
 def expected_calls(job: Job, stage: Stage, group: Processes) -> Calls:
     found: Calls = {}
-    for one in communication(job, stage):
+    for one in communication(job, stage, place_of(job, group)):
         key = one.kind, ranks_of(one.axis, group)
         calls, sent = found.get(key, (0, 0))
         found[key] = calls + one.count, sent + one.sent * one.count

@@ -43,9 +43,16 @@ class Watch(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; what keeps torch.compile out would cost more than the watching."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # autograd asks every fake tensor, which is half of all calls
         name = func.__name__.split(".")[0]
         if func.namespace in ("_c10d_functional", "c10d") and name in KINDS:
             self.calls.append(Call(KINDS[name], ranks_of(args), bytes_in(KINDS[name], name, args)))

@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="step one rank on fake tensors; exit 1 if it is not as planned"
     )
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="that --dry-run is")
+    parser.add_argument("--rows", type=int, default=1, metavar="N", help="at least, that --dry-run steps; default: 1")
     parser.add_argument("--fewest", action="store_true", help="the least number of devices on which the job fits")
     parser.add_argument(
         "--longest", action="store_true", help="the longest video of the stage's largest picture that fits"
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         report_longest(args, config, job, device, stage, mixture)
         return
     if args.dry_run:
-        report_dry_run(args, dry_run(config, job, args.rank))
+        report_dry_run(args, dry_run(config, job, args.rank, args.rows))
         return
     plan = build_plan(job, steps, device)
     if not plan.fits:
