@@ -5,6 +5,7 @@ group, number and bytes, and the most memory that lives at once. On a CPU the ke
 taken for them too.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,11 +75,24 @@ def dry_run(config: Config, job: Job, rank: int = 0, rows: int = 2) -> DryRun:
         raise ConfigError(f"parallel.layout={job.layout}: DDP does not take fake tensors; nearest is {nearest}")
     with fake_processes(job, rank) as group, FakeTensorMode(allow_non_fake_inputs=True):
         step = build_step(config, job, group, partial(undrawn, job))
-        with watching() as watch:
+        with watching() as watch, uncollected():
             step.forward_backward()
             peak = watch.peak()
             step.update()
         return compare(job, group, step.engine, watch, peak)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which would look through a large model's objects again and again. What a step makes
+    ends with its last reference."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)

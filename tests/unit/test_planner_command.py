@@ -1,20 +1,24 @@
 """`megasora plan` beyond one plan: the longest video, calibration, the page, what `train` asks before it begins."""
 
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megasora.bench import TEXT_TOKENS
 from megasora.cli import main
 from megasora.config import load_config, to_dict
 from megasora.errors import ConfigError
 from megasora.models.vae import VideoVAE
-from megasora.observe.charts import Bar, round_ticks, stacked_bars
+from megasora.observe.charts import COLOURS, Bar, round_ticks, stacked_bars
 from megasora.observe.hardware import DEVICES, GIB, Device, Efficiency, this_cpu
 from megasora.parallel.layout import Layout, parse_layout
 from megasora.planner.calibrate import FITTED, calibrate
@@ -28,7 +32,8 @@ from megasora.planner.step_time import step_time
 from megasora.planner.watch import watching
 from megasora.training_data import synthetic_data
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "wan-1.3b.yaml")
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "wan-1.3b.yaml")
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
@@ -255,3 +260,49 @@ def test_room_is_what_a_plan_says() -> None:
     needed = sum(memory(job).parts.values())
     assert has_room(job, replace(DEVICES["H100"], memory=1.5 * needed, reserved=0.0))
     assert not has_room(job, replace(DEVICES["H100"], memory=needed, reserved=0.0))
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine: the page is not looked at")
+def test_the_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The picture stays in .cache/screenshots. Bars have their colours and lengths, and nothing leaves the page."""
+    page, picture = tmp_path / "plan.html", ROOT / ".cache" / "screenshots" / "plan.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.unlink(missing_ok=True)
+    code, out, err = plan(capsys, "--config", CONFIG, "--world", "64", "--search", "--html", str(page), "--json")
+    assert code == 0, err
+    browser = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1100,3400",
+    ]
+    subprocess.run([*browser, f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={picture}", page.as_uri()],
+                   check=True, timeout=90, capture_output=True)  # fmt: skip
+    seen = np.asarray(Image.open(picture).convert("RGB")).astype(int)  # [height, width, 3]
+    found = json.loads(out)
+    attention, products = (pixels(seen, COLOURS[n]) for n in (0, 1))
+    assert min(attention, products) > 5000
+    # In charts of time blue and yellow are what a step has most of; in those of memory likewise.
+    bars = [found["step_time_by_part"]] + [row["step_time_by_part"] for row in found["layouts"] if row["fits"]]
+    rooms = [found["memory_by_part"]] + [row["memory_by_part"] for row in found["layouts"] if row["fits"]]
+    times, parts = (sorted(first, key=lambda name: -first[name])[:2] for first in (bars[0], rooms[0]))
+    scale = [CHART / max(sum(bar.values()) for bar in bars), CHART / found["memory_limit_bytes"]]
+    planned = [
+        BAR * sum(unit * sum(bar[names[n]] for bar in some)
+                  for unit, some, names in ((scale[0], bars, times), (scale[1], rooms, parts)))
+        for n in (0, 1)
+    ]  # fmt: skip
+    assert attention / products == pytest.approx(planned[0] / planned[1], rel=0.05)
+    assert (seen[:, -20:] == 255).all()
+    assert (seen[-20:] == 255).all()
+
+
+CHART, BAR = 620.0, 18.0
+
+
+def pixels(picture: Any, colour: str) -> int:
+    """How many of a colour."""
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((abs(picture - wanted).max(axis=-1) <= 2).sum())
