@@ -36,11 +36,12 @@ from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.observe.spikes import SpikeWatch
 from megasora.parallel.mesh import Processes, node_report, processes, rank, ranks_of_nodes, spans
+from megasora.planner.check import check_plan, device_here
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
 from megasora.segments import Segment, segments_of
-from megasora.training_data import build_loader, check_current, open_data
+from megasora.training_data import TrainingData, build_loader, check_current, open_data
 
 SAVE_MARGIN = 1.5  # a save may take so many times as long as the last one
 MAX_SKIPPED = 20  # steps in a row without an update, before a run that learns nothing is ended
@@ -56,6 +57,13 @@ def train(config: Config) -> None:
             trainer.close()
 
 
+def plan_warnings(config: Config, group: Processes, data: TrainingData) -> list[str]:
+    """What the planner has to say, on the main process. Raises ConfigError on all of them for a job that cannot fit."""
+    if config.parallel.plan_check == "off":
+        return []
+    return check_plan(config, group.layout, device_here(group.device), data, advise=group.is_main)
+
+
 class Trainer:
     """One run on one process. `step` counts the updates done, over all stages; a stage is a segment of the data's order."""
 
@@ -64,6 +72,7 @@ class Trainer:
         self.data = open_data(config, group.device)
         check_fit(config, group, self.data.facts)
         check_current(config)
+        warnings = plan_warnings(config, group, self.data)
         start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
         beat.keep_stacks(self.run_dir / "logs" / f"rank-{group.rank:05d}.stacks")
@@ -81,6 +90,8 @@ class Trainer:
         self.segments = segments_of(config, self.breaks)
         self.last = self.segments[-1].end
         self.journal = Journal(self.run_dir, config.observe.tensorboard) if group.is_main else None
+        for warning in warnings:
+            log.warning("%s", warning)
         if group.is_main:  # only now: a config that may not resume here leaves the old one
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
             save_digests(self.run_dir, self.data)

@@ -13,6 +13,7 @@ from data_pipelines.buckets import Bucket
 from data_pipelines.errors import DataError
 from data_pipelines.items import SampleSource
 from data_pipelines.loader import Loader, Opener, cached_opener
+from data_pipelines.row_packing import Meet
 from data_pipelines.shards import ShardSet
 from data_pipelines.synthetic import SyntheticLatents
 from megasora.device import on_gpu
@@ -21,6 +22,7 @@ from megasora.errors import ConfigError
 from megasora.microbatch import patches_of, tokens_of
 from megasora.models.flops import training_flops
 from megasora.models.text import Text
+from megasora.parallel.layout import Layout
 from megasora.parallel.mesh import Processes
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
@@ -137,10 +139,15 @@ def build_loader(
         rank=group.data_rank * layout.cp + group.place["cp"] if layout.dynamic else group.data_rank,
         ranks=layout.dp * (layout.cp if layout.dynamic else 1),
         widths=layout.widths if layout.dynamic else (),
-        meet="micro" if layout.zero == 3 or layout.dynamic else "step",
+        meet=meeting(layout),
         obey=obey.get(segment, {}),
         pin=on_gpu(group.device),
     )
+
+
+def meeting(layout: Layout) -> Meet:
+    """When ranks wait for each other."""
+    return "micro" if layout.zero == 3 or layout.dynamic else "step"
 
 
 def read_costs(path: str) -> dict[Bucket, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
@@ -33,12 +34,15 @@ def rows(modulation: Tensor) -> Tensor:
 def spread(values: Tensor, sample: Tensor) -> Tensor:
     """[S, D] of samples -> [L, D] of their tokens, `sample` [L] non-decreasing.
 
-    On a CPU by stretches, whose gradients are plain sums; those of an index are added element by element.
+    On a CPU by stretches, whose gradients are plain sums; those of an index are added element by element. Fake tensors have no
+    numbers to count.
     """
     if sample.is_cuda:
         return values.index_select(0, sample)
     if len(values) == 1:
         return values.expand(len(sample), -1)
+    if isinstance(sample, FakeTensor):
+        return values.index_select(0, sample)
     lengths = torch.bincount(sample, minlength=len(values)).tolist()
     return torch.cat([row.expand(n, -1) for row, n in zip(values, lengths, strict=True)])
 

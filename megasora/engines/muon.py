@@ -51,6 +51,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def nth_chunk(value: Tensor, number: int, parts: int, dim: int) -> Tensor:
+    """What `value.chunk(parts, dim)[number]` is, empty where there are fewer; without the thousands of others."""
+    size = -(-value.shape[dim] // parts)
+    begin = min(number * size, value.shape[dim])
+    return value.narrow(dim, begin, min(size, value.shape[dim] - begin))
+
+
 def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
     """This rank's share of a whole value, as the parameter is sharded: over the tensor group first, as it was."""
     if not isinstance(parameter, DTensor):
@@ -61,7 +68,6 @@ def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
     for axis in sorted(range(mesh.ndim), key=lambda axis: names[axis : axis + 1] != ("tp",)):
         if placements[axis].is_replicate():
             continue
-        parts = value.chunk(mesh.size(axis), placements[axis].dim)  # type: ignore[attr-defined]
-        empty = value.narrow(placements[axis].dim, 0, 0)  # type: ignore[attr-defined]
-        value = parts[place[axis]] if place[axis] < len(parts) else empty
+        dim: int = placements[axis].dim  # type: ignore[attr-defined]
+        value = nth_chunk(value, place[axis], mesh.size(axis), dim)
     return DTensor.from_local(value.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)

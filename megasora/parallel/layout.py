@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from megasora.errors import ConfigError
 
@@ -19,6 +20,7 @@ class ParallelConfig:
     layout: str = "auto"
     recompute: str = "none"
     offload: bool = False  # what blocks keep waits in the host's memory
+    plan_check: Literal["refuse", "warn", "off"] = "refuse"  # what `train` does with what cannot fit
     across_nodes: bool = False  # tp and Ulysses may be wider than a node
 
     def __post_init__(self) -> None:

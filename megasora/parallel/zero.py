@@ -51,6 +51,32 @@ class Rows:
         begin = min(self.total, self.size * (self.index if index is None else index))
         return tensor[begin : min(self.total, begin + self.size)]
 
+    def deal(self, tensor: Tensor, columns: Tensor) -> None:
+        """The rows [total, ...] to [ranks, size · ...], a line a rank, and zeros where a rank has fewer."""
+        self._full(columns, tensor).copy_(self._by_rank(tensor))
+        if len(columns) > self.full:
+            columns[self.full :].zero_()
+            rest = tensor[self.full * self.size :].flatten()
+            columns[self.full, : len(rest)] = rest
+
+    def collect(self, columns: Tensor, tensor: Tensor) -> None:
+        """The inverse of `deal`, but for the zeros."""
+        self._by_rank(tensor).copy_(self._full(columns, tensor))
+        left = tensor[self.full * self.size :]
+        if len(left):
+            left.copy_(columns[self.full, : left.numel()].view_as(left))
+
+    @property
+    def full(self) -> int:
+        """Ranks that have as many rows as any."""
+        return self.total // self.size
+
+    def _full(self, columns: Tensor, tensor: Tensor) -> Tensor:
+        return columns[: self.full].unflatten(1, (self.size, *tensor.shape[1:]))
+
+    def _by_rank(self, tensor: Tensor) -> Tensor:
+        return tensor[: self.full * self.size].unflatten(0, (self.full, self.size))
+
 
 class OptimizerShards:
     """ZeRO-1 over the ranks of a mesh. `owned` are this rank's rows of each parameter, sharing its memory."""
@@ -82,12 +108,13 @@ class OptimizerShards:
         group, ranks = self.mesh.get_group(), self.mesh.size()
         for names in buckets({name: p for name, p in self.parameters.items() if p.grad is not None}):
             gradients = [local(self.parameters[name].grad) for name in names]
-            parts = [[self._padded(name, g, i) for name, g in zip(names, gradients, strict=True)] for i in range(ranks)]
-            flat = torch.cat([piece for part in parts for piece in part])
-            summed = flat.new_empty(len(flat) // ranks)
-            dist.reduce_scatter_tensor(summed, flat, group=group)
-            pieces = summed.split([len(piece) for piece in parts[0]])
-            for name, gradient, piece in zip(names, gradients, pieces, strict=True):
+            sizes = [self._numbers(name) for name in names]
+            flat = gradients[0].new_empty(ranks, sum(sizes))
+            for name, gradient, columns in zip(names, gradients, flat.split(sizes, dim=1), strict=True):
+                self.rows[name].deal(gradient, columns)
+            summed = flat.new_empty(flat.shape[1])
+            dist.reduce_scatter_tensor(summed, flat.flatten(), group=group)
+            for name, gradient, piece in zip(names, gradients, summed.split(sizes), strict=True):
                 mine = self.rows[name].of(gradient)
                 mine.copy_(piece[: mine.numel()].view_as(mine))
                 self.owned[name].grad = self._as_dtensor(self.parameters[name], mine)
@@ -98,23 +125,20 @@ class OptimizerShards:
         group, ranks = self.mesh.get_group(), self.mesh.size()
         for names in buckets(self.parameters):
             whole = [local(self.parameters[name]) for name in names]
-            mine = [
-                self._padded(name, tensor, self.rows[name].index) for name, tensor in zip(names, whole, strict=True)
-            ]
-            flat = torch.cat(mine)
-            found = flat.new_empty(ranks * len(flat))
-            dist.all_gather_into_tensor(found, flat, group=group)
-            for index, part in enumerate(found.chunk(ranks)):
-                for name, tensor, piece in zip(names, whole, part.split([len(m) for m in mine]), strict=True):
-                    rows = self.rows[name].of(tensor, index)
-                    rows.copy_(piece[: rows.numel()].view_as(rows))
+            sizes = [self._numbers(name) for name in names]
+            mine = whole[0].new_empty(sum(sizes))
+            for name, tensor, piece in zip(names, whole, mine.split(sizes), strict=True):
+                rows = self.rows[name].of(tensor)
+                piece[: rows.numel()].copy_(rows.flatten())
+                piece[rows.numel() :].zero_()
+            found = mine.new_empty(ranks * len(mine))
+            dist.all_gather_into_tensor(found, mine, group=group)
+            for name, tensor, columns in zip(names, whole, found.view(ranks, -1).split(sizes, dim=1), strict=True):
+                self.rows[name].collect(columns, tensor)
 
-    def _padded(self, name: str, tensor: Tensor, index: int) -> Tensor:
-        """A rank's rows, flat, as many numbers for every rank."""
-        rows = self.rows[name]
-        flat = rows.of(tensor, index).flatten()
-        missing = rows.size * tensor[:1].numel() - len(flat)
-        return nn.functional.pad(flat, (0, missing)) if missing else flat  # without a copy where nothing is missing
+    def _numbers(self, name: str) -> int:
+        """Of a parameter in what each rank gets, padding among them."""
+        return self.rows[name].size * local(self.parameters[name])[:1].numel()
 
 
 def buckets(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
@@ -148,5 +172,6 @@ def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> 
 def local(tensor: Tensor | None) -> Tensor:
     """This rank's part of a tensor that may be sharded; shares its memory, outside autograd."""
     assert tensor is not None
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    with torch.no_grad():  # first the part, then the alias: of a plain tensor it costs a tenth
+        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return here.detach()

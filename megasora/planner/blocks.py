@@ -54,8 +54,9 @@ def double_block(config: MMDiTConfig, place: Place, shared: Value) -> Tape:
     tape.touch(*(4 * [q, k, v]))
     y = tape.context_attention(q, k, v, heads, place.pieces)
     for x, conditions in zip(streams, (place.samples, place.runs), strict=True):
-        seen = y if place.samples == 1 else tape.value(x.rows * tp if place.sequence else x.rows, D // tp)
-        x = tape.gated(x, tape.row_linear(seen, D, x.rows), conditions)
+        rows = x.rows * tp if place.sequence else x.rows
+        seen = y if place.samples == 1 else tape.value(rows, D // tp)  # one sample's text and video are stretches of y
+        x = tape.gated(x, tape.row_linear(seen, D, x.rows, rows), conditions)
         y_mlp = mlp(tape, tape.gather(tape.modulated(x, conditions)), config.ffn // tp, D, x.rows)
         x = tape.gated(x, y_mlp, conditions)
     tape.touch(*(4 * [y]))

@@ -5,18 +5,21 @@ gathers a block's weights once a step, zero3 twice a row, both reduce-scatter it
 FSDP2). Muon gathers each matrix that is sharded (engines/muon.py).
 """
 
+from collections.abc import Sequence
+
 from megasora.parallel.schedule import CHUNKS
 from megasora.parallel.zero import BUCKET
 from megasora.planner.job import Job
 from megasora.planner.memory import again, tapes
-from megasora.planner.parameters import Parameter, Sizes
+from megasora.planner.parameters import Sizes
 from megasora.planner.stages import Stage
 from megasora.planner.tape import FLOAT, Call, Collective
 
 
-def communication(job: Job, stage: Stage) -> list[Collective]:
-    """Of a step, on a rank of that stage. Kind and axis by kind and axis, of equal ones their number."""
-    return of_rows(job, stage) + of_state(job, stage)
+def communication(job: Job, stage: Stage, place: int = 0) -> list[Collective]:
+    """Of a step, on a rank of that stage, and at that place of the shards: the last ones may have less. Kind and axis by kind and
+    axis, of equal ones their number."""
+    return of_rows(job, stage) + of_state(job, stage, place)
 
 
 def of_rows(job: Job, stage: Stage) -> list[Collective]:
@@ -24,9 +27,9 @@ def of_rows(job: Job, stage: Stage) -> list[Collective]:
     return in_blocks(job, stage) + between_stages(job, stage)
 
 
-def of_state(job: Job, stage: Stage) -> list[Collective]:
+def of_state(job: Job, stage: Stage, place: int = 0) -> list[Collective]:
     """What belongs to weights and gradients, and what all say to all."""
-    found = weights(job, stage) + gradients(job, stage) + orthogonalised(job, stage)
+    found = weights(job, stage) + gradients(job, stage, place) + orthogonalised(job, stage)
     world = job.layout.world
     return [*found, Collective("all_reduce", "world", world, FLOAT, 2)] if world > 1 else found  # loss and norm
 
@@ -35,7 +38,7 @@ def in_blocks(job: Job, stage: Stage) -> list[Collective]:
     """Of tensor and context parallelism. A block that is computed again speaks again, unless what it heard was kept."""
     counts: dict[Call, int] = {}
     for number, tape in zip(stage.blocks, tapes(job, stage), strict=True):
-        twice = again(job, number) and job.recompute == "full"
+        twice = again(job, stage, number) and job.recompute == "full"
         for calls, times in ((tape.calls, 2 if twice else 1), (tape.backward_calls, 1)):
             for call in calls:
                 counts[call] = counts.get(call, 0) + times * job.rows
@@ -50,17 +53,18 @@ def weights(job: Job, stage: Stage) -> list[Collective]:
     if layout.zero == 1:
         mine = stage.parameters(job.model)
         stored = [p.stored(layout.tp, shards) * FLOAT for p in mine]
-        return [Collective("all_gather", "data", shards, sent, 1) for sent in in_buckets(mine, stored, layout.tp)]
+        numbers = [p.here(layout.tp) for p in mine]
+        return [Collective("all_gather", "data", shards, sent, 1) for sent in in_buckets(numbers, stored)]
     times = 2 * job.rows if layout.zero == 3 else 1
     blocks, rest = together(stage.sizes(job), stage)
     sent = [(one * job.width_bytes, True) for one in blocks] + [(rest * FLOAT, False)]
     return [Collective("all_gather", "shard", shards, size, times, hidden=hidden) for size, hidden in sent]
 
 
-def gradients(job: Job, stage: Stage) -> list[Collective]:
+def gradients(job: Job, stage: Stage, place: int) -> list[Collective]:
     """Summing them, over those who see other tokens, the tensor group and the pipeline."""
     layout, shards, tp = job.layout, job.shards, job.layout.tp
-    sizes, fsdp = stage.sizes(job), layout.zero >= 2
+    sizes, fsdp, mine = stage.sizes(job), layout.zero >= 2, stage.parameters(job.model)
     found = []
     if fsdp and shards > 1:
         blocks, rest = together(sizes, stage)
@@ -75,17 +79,17 @@ def gradients(job: Job, stage: Stage) -> list[Collective]:
             )
         )
     elif layout.zero < 2 and job.replicas * shards > 1:
-        mine = stage.parameters(job.model)
-        kind, parts = "all_reduce", [FLOAT * p.here(tp) for p in mine]
+        numbers = [p.here(tp) for p in mine]
+        kind, parts = "all_reduce", [FLOAT * here for here in numbers]
         if layout.zero == 1:
             kind, parts = "reduce_scatter", [FLOAT * shards * p.stored(tp, shards) for p in mine]
-        found += [Collective(kind, "data", job.replicas * shards, sent, 1) for sent in in_buckets(mine, parts, tp)]
-    if tp > 1:
-        whole = FLOAT * sum(one.whole_stored if fsdp else one.whole_here for one in sizes.values())
-        found.append(Collective("all_reduce", "tp", tp, whole, 1))
-    if layout.pp > 1:
-        shared = sum(one.stored if fsdp else one.here for key, one in sizes.items() if stage.shares(key))
-        found.append(Collective("all_reduce", "pp", layout.pp, FLOAT * shared, 1))
+        found += [Collective(kind, "data", job.replicas * shards, sent, 1) for sent in in_buckets(numbers, parts)]
+    whole = [p for p in mine if p.split is None] if tp > 1 else []
+    shared = [p for p in sorted(mine, key=lambda p: p.name) if p.block is None and stage.shares(p.module)]
+    for axis, ranks, some in (("tp", tp, whole), ("pp", layout.pp, shared if layout.pp > 1 else [])):
+        numbers = [p.owned(tp, shards, place) if fsdp else p.here(tp) for p in some]
+        sent_together = in_buckets(numbers, [FLOAT * n for n in numbers])
+        found += [Collective("all_reduce", axis, ranks, sent, 1) for sent in sent_together]
     return found
 
 
@@ -124,23 +128,13 @@ def together(sizes: dict[int | str, Sizes], stage: Stage) -> tuple[list[int], in
     )
 
 
-def in_buckets(parameters: list[Parameter], sizes: list[int], tp: int) -> list[int]:
-    """Bytes of what travels together: `BUCKET` numbers at most."""
-    found, numbers = list[int](), 0
-    for parameter, size in zip(parameters, sizes, strict=True):
-        here = parameter.here(tp)
-        if not found or numbers + here > BUCKET:
+def in_buckets(numbers: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Bytes of what travels together: `BUCKET` numbers at most, or a single tensor of more."""
+    found, together = list[int](), 0
+    for here, size in zip(numbers, sizes, strict=True):
+        if not found or together + here > BUCKET:
             found.append(0)
-            numbers = 0
+            together = 0
         found[-1] += size
-        numbers += here
+        together += here
     return found
-
-
-def by_axis(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(kind, axis) -> (calls, bytes in)."""
-    sums: dict[tuple[str, str], tuple[int, int]] = {}
-    for one in found:
-        calls, sent = sums.get((one.kind, one.axis), (0, 0))
-        sums[one.kind, one.axis] = calls + one.count, sent + one.sent * one.count
-    return sums

@@ -5,6 +5,8 @@ group, number and bytes, and the most memory that lives at once. On a CPU the ke
 taken for them too.
 """
 
+import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megasora.build import build_recipe
 from megasora.encoders import LatentFacts
+from megasora.engines.muon import nth_chunk
 from megasora.engines.torch_native import EngineConfig, TorchNative
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, training_loss
@@ -52,27 +56,43 @@ class DryRun:
     watch: Watch
 
 
-def alone(job: Job) -> Job:
-    """The job with rows of one sample without padding: lengths of several are data, which fake tensors do not have."""
-    shape, text = max(job.row.samples, key=lambda sample: sample[0][0] * sample[0][1] * sample[0][2])
-    rows = min(job.rows, max(job.layout.pp, 2))  # two tell what a row costs from what a step costs
-    T, H, W = shape
-    return replace(job, row=Row(((shape, text),), T * H * W), rows=rows, kernels=False)
+def alone(job: Job, rows: int = 2) -> Job:
+    """The job with rows of one sample without padding: lengths of several are data, which fake tensors do not have. It is as much
+    wider as makes the ranks' stretches of it equal. There are as many rows as fill the pipeline, and `rows` at least: two tell
+    what a row costs from what a step costs."""
+    (T, H, W), text = max(job.row.samples, key=lambda sample: sample[0][0] * sample[0][1] * sample[0][2])
+    unit = 2 * job.layout.tp * job.layout.cp
+    W = -(-W // (unit // math.gcd(unit, T * H))) * (unit // math.gcd(unit, T * H))
+    return replace(job, row=Row((((T, H, W), text),), T * H * W), rows=min(job.rows, max(job.layout.pp, rows)),
+                   kernels=False)  # fmt: skip
 
 
-def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
-    """Builds and steps `alone(job)` as that rank. No process group may be there; none is left."""
-    job = alone(job)
+def dry_run(config: Config, job: Job, rank: int = 0, rows: int = 2) -> DryRun:
+    """Builds and steps `alone(job, rows)` as that rank. No process group may be there; none is left."""
+    job = alone(job, rows)
     if job.ddp:
         nearest = replace(job.layout, zero=1)
         raise ConfigError(f"parallel.layout={job.layout}: DDP does not take fake tensors; nearest is {nearest}")
     with fake_processes(job, rank) as group, FakeTensorMode(allow_non_fake_inputs=True):
         step = build_step(config, job, group, partial(undrawn, job))
-        with watching() as watch:
+        with watching() as watch, uncollected():
             step.forward_backward()
             peak = watch.peak()
             step.update()
         return compare(job, group, step.engine, watch, peak)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which would look through a large model's objects again and again. What a step makes
+    ends with its last reference."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -97,9 +117,20 @@ def build_step(config: Config, job: Job, group: Processes, build: Callable[[], M
         build, 0, group, ParallelConfig(recompute=job.policy), EngineConfig(precision=job.precision), job.optim,
         PLANS.get(job.model.family, []),
     )  # fmt: skip
+    for optimizer in engine.optimizers:
+        in_small_groups(optimizer)
     null = Text(torch.zeros(1, job.model.text_width), torch.zeros(job.model.pooled_width))
     recipe = build_recipe(config, group, LatentFacts({}, null), config.stages[-1], 0)
     return OneStep(engine, [micro_batch(job) for _ in range(job.rows)], training_loss(recipe))
+
+
+def in_small_groups(optimizer: torch.optim.Optimizer, size: int = 16) -> None:
+    """DTensor's rules for one call on a thousand parameters take the time of their square; the update is the same in pieces."""
+    optimizer.param_groups = [
+        group | {"params": group["params"][begin : begin + size]}
+        for group in optimizer.param_groups
+        for begin in range(0, len(group["params"]), size)
+    ]
 
 
 def undrawn(job: Job) -> Any:
@@ -154,12 +185,16 @@ def compare(job: Job, group: Processes, engine: TorchNative, watch: Watch, peak:
 
 def owned(job: Job, stage: Stage, group: Processes) -> tuple[float, float]:
     """Bytes of weights and of the optimizer's state on this very rank; `memory` has the first one of those that share them."""
-    ranks = ranks_of("data" if job.layout.zero == 1 else "shard", group)
-    place = ranks.index(group.rank) if job.shards > 1 else 0
-    mine = stage.parameters(job.model)
+    mine, place = stage.parameters(job.model), place_of(job, group)
     own = [p.owned(job.layout.tp, job.shards, place) for p in mine]
     weights = own if job.layout.zero >= 2 else [p.here(job.layout.tp) for p in mine]
     return 4.0 * sum(weights), float(optimizer_bytes(job, mine, own))
+
+
+def place_of(job: Job, group: Processes) -> int:
+    """Of this rank among those that share the optimizer's state."""
+    ranks = ranks_of("data" if job.layout.zero == 1 else "shard", group)
+    return ranks.index(group.rank) if job.shards > 1 else 0
 
 
 Calls = dict[tuple[str, tuple[int, ...]], tuple[int, int]]  # (kind, ranks) -> calls and bytes in
@@ -168,6 +203,8 @@ Calls = dict[tuple[str, tuple[int, ...]], tuple[int, int]]  # (kind, ranks) -> c
 def found_calls(watch: Watch) -> Calls:
     found: Calls = {}
     for call in watch.calls:
+        if len(call.ranks) == 1:  # nobody else
+            continue
         calls, sent = found.get((call.kind, call.ranks), (0, 0))
         found[call.kind, call.ranks] = calls + 1, sent + call.sent
     return found
@@ -175,7 +212,7 @@ def found_calls(watch: Watch) -> Calls:
 
 def expected_calls(job: Job, stage: Stage, group: Processes) -> Calls:
     found: Calls = {}
-    for one in communication(job, stage):
+    for one in communication(job, stage, place_of(job, group)):
         key = one.kind, ranks_of(one.axis, group)
         calls, sent = found.get(key, (0, 0))
         found[key] = calls + one.count, sent + one.sent * one.count
@@ -202,6 +239,20 @@ def size_of(tensor: Tensor) -> int:
     return here.numel() * here.element_size()
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """The ranks' shares of a parameter, each made when it is asked for: FSDP asks for one or two of thousands, and making the
+    others would take nearly all of a dry run's time."""
+
+    tensor: Tensor
+    parts: int
+    dim: int
+
+    def __getitem__(self, number: int) -> Tensor:
+        share = nth_chunk(self.tensor, number, self.parts, self.dim)
+        return share if share.numel() else share.new_empty(0)
+
+
 @contextmanager
 def fake_processes(job: Job, rank: int) -> Iterator[Processes]:
     """A process group of the layout's world in which this process is `rank` and nobody answers."""
@@ -214,6 +265,8 @@ def fake_processes(job: Job, rank: int) -> Iterator[Processes]:
             return concatenate(*args, **kwargs)
 
     DeviceMesh._concatenate = staticmethod(for_real)  # type: ignore[method-assign]
+    chunk = _fsdp_param._chunk_with_empty
+    _fsdp_param._chunk_with_empty = Chunks  # type: ignore[assignment]
     try:
         shape = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=AXES)
@@ -225,6 +278,7 @@ def fake_processes(job: Job, rank: int) -> Iterator[Processes]:
         yield group
     finally:
         DeviceMesh._concatenate = staticmethod(concatenate)  # type: ignore[method-assign]
+        _fsdp_param._chunk_with_empty = chunk
         dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """What is planned: a model, a layout, and the packed rows that each data-parallel rank has in a step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
@@ -16,10 +16,17 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Row:
-    """A packed row: its samples, each a shape in patches and the tokens of its caption, and its length with padding."""
+    """A packed row: its samples, each a shape in patches and the tokens of its caption, and its length with padding. `width`:
+    how many of the context-parallel ranks share it, 0 for all."""
 
     samples: tuple[tuple[Shape, int], ...]
     length: int
+    width: int = 0
+
+    @property
+    def counts(self) -> float:
+        """Its part in a sum over the rows of all ranks: each of those that share a narrower row has it in its list."""
+        return 1 / max(1, self.width)
 
     @property
     def padding(self) -> int:
@@ -48,6 +55,7 @@ class Job:
     recompute: Recompute = "none"
     every: int = 1  # of so many blocks one is computed again
     kernels: bool = True  # Triton's, as on a GPU; False: their references, as on a CPU
+    encoders: float = 0.0  # bytes of frozen encoders on the device
 
     @property
     def shards(self) -> int:
@@ -79,7 +87,9 @@ class Job:
         """Of the rank with the longest stretch of the row."""
         layout, model, padded = self.layout, self.model, self.row.padded
         together = layout.tp if layout.sequence_parallel else 1  # ranks of a tensor group that have other tokens
-        parts = layout.cp * together
+        sharing = self.row.width or layout.cp
+        ulysses, ring = layout.context(sharing)
+        parts = sharing * together
         begin, end = stretch(self.row.length, 0, parts)
         tokens = end - begin
         joint = model.family == "mmdit"
@@ -91,21 +101,18 @@ class Job:
         runs = chunks or len(padded)
         per_ulysses = tokens + own_text if joint else tokens
         return Place(
-            tokens=tokens, attended=tokens * together, ring_tokens=per_ulysses * together * layout.ulysses,
+            tokens=tokens, attended=tokens * together, ring_tokens=per_ulysses * together * ulysses,
             text=self.row.text, own_text=own_text, samples=len(padded), runs=runs,
             pieces=chunks or neighbours(carried),
             text_pieces=neighbours([(n, text) for n, (_, text) in zip(lengths, padded, strict=True)]),
             sizes=max(1, neighbours([(T, H * W) for (T, H, W), _ in padded])),
             moving=any(T > 1 for (T, _, _), _ in padded),
-            apart=layout.ulysses > 1 and len(padded) > 1,
+            apart=ulysses > 1 and len(padded) > 1,
             joint=(tokens + own_text) * together,
-            tp=layout.tp, sequence=layout.sequence_parallel, ulysses=layout.ulysses, ring=layout.ring,
+            tp=layout.tp, sequence=layout.sequence_parallel, ulysses=ulysses, ring=ring,
             width_bytes=self.width_bytes,
             cast=self.precision == "bf16" and layout.zero < 2, kernels=self.kernels,
         )  # fmt: skip
-
-    def on(self, layout: Layout) -> "Job":
-        return replace(self, layout=layout)
 
 
 def neighbours(sizes: Sequence[Any]) -> int:

@@ -5,7 +5,7 @@ section 3). What comes and goes is followed block by block through a backward pa
 weights and buffers are a few blocks' worth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megasora.parallel.zero import BUCKET
@@ -66,14 +66,14 @@ def tapes(job: Job, stage: Stage) -> list[Tape]:
     return [every[block] for block in stage.blocks]
 
 
-def again(job: Job, number: int) -> bool:
-    """Whether this block's forward pass is computed again in backward."""
-    return job.recompute != "none" and number % job.every == 0
+def again(job: Job, stage: Stage, number: int) -> bool:
+    """Whether this block's forward pass is computed again in backward: of so many of a stage's own one."""
+    return job.recompute != "none" and stage.blocks.index(number) % job.every == 0
 
 
-def kept(job: Job, tape: Tape, number: int) -> int:
+def kept(job: Job, stage: Stage, tape: Tape, number: int) -> int:
     """Bytes of a block that stay until its backward pass."""
-    if not again(job, number):
+    if not again(job, stage, number):
         return tape.saved + tape.cast_weights
     entry = (tape.place.tokens + tape.place.own_text) * job.model.width * job.width_bytes
     return entry + (tape.saved_selective if job.recompute == "selective" else 0)
@@ -100,52 +100,96 @@ def memory(job: Job, stage: Stage | None = None) -> Memory:
         "optimizer": float(sum(one.muon if job.optim.name == "muon" else one.adamw for one in mine.values()) * FLOAT),
         "ema": float(own if job.optim.ema else 0),
         "batch": float(batch_bytes(job)),
+        "encoders": job.encoders,
     }
-    during = backward_moment(job, stage, of_block, whole)
-    gathered, buffers = fsdp_buffers(job, of_block, whole) if fsdp else (0.0, 0.0)
-    if job.ddp:
-        buffers = float(whole)  # its buckets hold every gradient once more
-    moving = {"gathered weights": gathered, **during, "buffers": buffers}
-    # After the last row there are all gradients and the buffers of our own reductions: where that is more, it is the peak.
-    reduced = float(own if fsdp else whole)
-    closing = 0.0 if fsdp or job.ddp else 2.0 * min(whole, FLOAT * BUCKET)
+    moving = backward_moment(job, stage, of_block, whole)
+    # After the last row there are all gradients and the buffer of our own reductions: where that is more, it is the peak.
+    reduced, closing = float(own if fsdp else whole), closing_bytes(job, stage)
     if reduced + closing > sum(moving.values()):
         moving = {"gathered weights": 0.0, "activations": 0.0, "gradients": reduced, "buffers": closing}
     return Memory(stage.number, steady | moving)
 
 
+def closing_bytes(job: Job, stage: Stage) -> float:
+    """What gradients are put together in to be summed (parallel/zero.py): `BUCKET` numbers, or the largest one alone."""
+    layout, mine = job.layout, stage.parameters(job.model)
+    own = layout.zero < 2 and not job.ddp and job.replicas * job.shards > 1
+    if not own:
+        mine = [p for p in mine if (layout.tp > 1 and p.split is None) or (layout.pp > 1 and p.block is None)]
+    numbers = [p.here(layout.tp) // (job.shards if layout.zero >= 2 else 1) for p in mine]
+    if not numbers or (not own and layout.tp * layout.pp == 1):
+        return 0.0
+    share = 1 / job.shards if layout.zero == 1 else 0.0  # what comes out of a reduce-scatter
+    return FLOAT * max(min(sum(numbers), BUCKET), *numbers, 0) * (1 + share)
+
+
 def backward_moment(job: Job, stage: Stage, of_block: dict[int, int], whole: int) -> dict[str, float]:
-    """Activations and gradients at the fullest moment of the backward passes."""
-    fsdp, several = job.layout.zero >= 2, job.rows > 1
+    """What comes and goes at the fullest moment of the backward passes."""
     blocks = dict(zip(stage.blocks, tapes(job, stage), strict=True))
-    saved = {number: kept(job, tape, number) for number, tape in blocks.items()}
     place = job.place()
     around = 0
     if stage.first:
         around += enter(job.model, place).saved + place.text * job.model.width * job.width_bytes
     if stage.last:
         around += leave(job.model, place).saved
-    one_row = float(sum(saved.values()) + around)
-    live = one_row * stage.held  # rows in flight
-    # Gradients of rows before stay whole until the last row's are there to be reduced; of a first row they come block by block.
-    gradients = float(whole) if several else 0.0
-    each = 0.0 if several else FLOAT / (job.shards if fsdp else 1)
-    most = live, gradients
-    for number in reversed(stage.blocks):
-        inside = blocks[number].saved - saved[number] if again(job, number) else 0
-        most = max(most, (live + max(inside, 0) + transient(job, blocks[number]), gradients), key=sum)
-        live -= saved[number]
-        gradients += of_block[number] * each
-    return {"activations": most[0], "gradients": most[1]}
+    one_row = float(sum(kept(job, stage, tape, number) for number, tape in blocks.items()) + around)
+    # Gradients of rows before stay whole until the last row's are there to be reduced; those of a first row come block by block,
+    # and only the rows that are left are held beside what others have given.
+    full = one_row * stage.held
+    if job.rows > stage.held:
+        begins = [(full, float(whole))]
+    else:
+        begins = [(full, 0.0), (full - one_row, float(whole))] if job.rows > 1 else [(full, 0.0)]
+    moments = [
+        moment
+        for live, gradients in begins
+        for moment in backward(job, stage, blocks, of_block, whole, live, gradients)
+    ]
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def fsdp_buffers(job: Job, of_block: dict[int, int], whole: int) -> tuple[float, float]:
-    """Weights that are gathered, and what is on its way: zero3 has one block and the next, zero2 all. A gathered block is copied
-    out of its buffer once; its gradients are whole once in the computing type and once in fp32."""
-    blocks, largest = sum(of_block.values()), max(of_block.values(), default=0)
-    ends = whole - FLOAT * blocks  # always in fp32
-    gathered = ends + job.width_bytes * (blocks if job.layout.zero == 2 else min(2 * largest, blocks))
-    return float(gathered), float((2 * job.width_bytes + FLOAT) * largest)
+def backward(
+    job: Job, stage: Stage, blocks: dict[int, Tape], of_block: dict[int, int], whole: int, live: float, gradients: float
+) -> Iterator[dict[str, float]]:
+    """One row's backward pass, block by block, from so many bytes of activations and gradients on: while a block is in its
+    backward pass, and when it is through and its gradients are on their way to be reduced. Those of FSDP are then put together in
+    fp32; DDP's buckets hold every gradient once more."""
+    fsdp, rising, shards = job.layout.zero >= 2, gradients == 0.0, job.shards
+    buffers = float(whole) if job.ddp else 0.0
+    order = [*reversed(stage.blocks)]
+    for number, following in zip(order, [*order[1:], None], strict=True):
+        own, held = of_block[number], kept(job, stage, blocks[number], number)
+        inside = max(0, blocks[number].saved - held) if again(job, stage, number) else 0
+        gathered = gathered_then(job, of_block, whole, number, following)
+        during = live + inside + transient(job, blocks[number])
+        yield parts(gathered, during, gradients, buffers)
+        live -= held
+        if not fsdp:
+            gradients += FLOAT * own if rising else 0.0
+            continue
+        last = not rising or job.rows == 1  # of this rank's rows: it is reduced
+        mine = job.width_bytes * own if rising else 0
+        buffers = float(FLOAT * own) if last else 0.0
+        yield parts(gathered, live, gradients + mine, buffers)
+        if not rising:
+            gradients -= FLOAT * own * (1 - 1 / shards)
+        else:
+            gradients += FLOAT * own / (shards if last else 1)
+
+
+def parts(gathered: float, activations: float, gradients: float, buffers: float) -> dict[str, float]:
+    return {"gathered weights": gathered, "activations": activations, "gradients": gradients, "buffers": buffers}
+
+
+def gathered_then(job: Job, of_block: dict[int, int], whole: int, number: int, following: int | None) -> float:
+    """Bytes of gathered weights while a block is in its backward pass: zero3 has the block and the next one, zero2 all blocks."""
+    if job.layout.zero < 2:
+        return 0.0
+    ends = whole - FLOAT * sum(of_block.values())  # always in fp32
+    if job.layout.zero == 2:
+        return float(ends + job.width_bytes * sum(of_block.values()))
+    coming = of_block[following] if following is not None else 0
+    return float(ends + job.width_bytes * (of_block[number] + coming))
 
 
 def batch_bytes(job: Job) -> int:

@@ -9,6 +9,7 @@ import torch
 from data_pipelines.balance import assign
 from data_pipelines.buckets import Bucket, buckets_of
 from data_pipelines.loader import Item, Loader
+from data_pipelines.pools import assign_pools
 from megasora.errors import ConfigError
 from megasora.microbatch import patches_of
 from megasora.parallel.layout import Layout
@@ -16,7 +17,7 @@ from megasora.parallel.mesh import Processes
 from megasora.planner.job import Row
 from megasora.planner.step_time import Step
 from megasora.schema import Config, Stage
-from megasora.training_data import UNKNOWN_TEXT, TrainingData, build_loader, open_data, synthetic_data
+from megasora.training_data import UNKNOWN_TEXT, TrainingData, build_loader, meeting, synthetic_data
 
 MOST = 8192  # samples that are looked at
 
@@ -42,7 +43,7 @@ class Mixture:
     expected: dict[Bucket, float]
     empty: list[Bucket]  # buckets that no sample falls into
     real: bool  # of the run's own data; else all buckets alike
-    known: dict[tuple[int, str], list[Step]] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], list[Step]] = field(default_factory=dict)
 
     @property
     def global_batch(self) -> int:
@@ -55,32 +56,34 @@ class Mixture:
             raise ConfigError(
                 f"data.global_batch={self.global_batch}: {layout.dp} data-parallel ranks share it evenly; nearest is {nearest}"
             )
-        meet = "micro" if layout.zero == 3 or layout.pp > 1 else "step"
-        key = layout.dp, meet
+        key = layout.dp, meeting(layout), tuple(layout.widths) if layout.dynamic else ()
         if key not in self.known:
-            self.known[key] = [self._spread(batch, layout.dp, meet) for batch in self.batches]
+            self.known[key] = [self._spread(batch, layout) for batch in self.batches]
         return self.known[key]
 
-    def _spread(self, batch: Sequence[tuple[Any, int, int, float]], ranks: int, meet: Any) -> Step:
+    def _spread(self, batch: Sequence[tuple[Any, int, int, float]], layout: Layout) -> Step:
         tokens, costs = [tokens for _, _, tokens, _ in batch], [cost for _, _, _, cost in batch]
-        found = assign(tokens, costs, ranks, self.capacity, meet, self.multiple)
+        if layout.dynamic:
+            found = assign_pools(tokens, costs, layout.dp, layout.widths, self.capacity, self.multiple)
+        else:
+            found = assign(tokens, costs, layout.dp, self.capacity, meeting(layout), self.multiple)
+        widths = found.widths or [0] * len(found.lengths)
         return Step(
             tuple(
                 tuple(
-                    Row(tuple((batch[i][0], batch[i][1]) for i in row), length)
-                    for row, length in zip(rows, found.lengths, strict=True)
+                    Row(tuple((batch[i][0], batch[i][1]) for i in row), length, width)
+                    for row, length, width in zip(rows, found.lengths, widths, strict=True)
                 )
                 for rows in found.rows
             )
         )
 
 
-def find_mixture(config: Config, stage: Stage, text_tokens: int | None, real: bool) -> Mixture:
-    """Of the data of data.path, or (`real` false) as if every bucket of the stage were as frequent."""
-    paper = OnPaper(Layout())
-    data: TrainingData = (
-        open_data(config, paper.device) if real else synthetic_data(config, text_tokens or UNKNOWN_TEXT)
-    )
+def find_mixture(config: Config, stage: Stage, text_tokens: int | None, data: TrainingData | None = None) -> Mixture:
+    """Of the run's data, or (without any) as if every bucket of the stage were as frequent."""
+    paper, real = OnPaper(Layout()), data is not None
+    if data is None:
+        data = synthetic_data(config, text_tokens or UNKNOWN_TEXT)
     loader = build_loader(config, paper, data, stage, 0, {})
     expected = loader.expected()
     wanted = buckets_of(stage.buckets)

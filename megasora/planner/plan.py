@@ -7,15 +7,14 @@ from typing import Any
 
 from megasora.errors import ConfigError
 from megasora.observe.hardware import GIB, Device
-from megasora.parallel.layout import Layout
+from megasora.parallel.layout import Layout, ParallelConfig
 from megasora.parallel.plan import check_layout
-from megasora.parallel.schedule import bubble
 from megasora.planner.job import Job, Recompute, Row
 from megasora.planner.memory import Memory, memory
 from megasora.planner.mixture import Mixture
 from megasora.planner.parameters import by_module, model_parameters
 from megasora.planner.stages import blocks_of, stages
-from megasora.planner.step_time import Step, StepTime, collectives_by_link, step_time
+from megasora.planner.step_time import Step, StepTime, collectives_by_link, idle_share, step_time
 from megasora.schema import Config
 
 FRAGMENTATION = 0.04  # of what comes and goes: what the allocator cannot use again
@@ -29,7 +28,6 @@ class Plan:
     memories: tuple[Memory, ...]  # by pipeline stage
     time: StepTime
     steps: tuple[Step, ...]
-    encoders: int  # bytes
 
     @property
     def fullest(self) -> Memory:
@@ -37,13 +35,7 @@ class Plan:
 
     def parts(self, found: Memory) -> dict[str, float]:
         """Bytes of a stage by part, with what the device itself and its allocator take."""
-        moving = sum(found.parts[name] for name in ("gathered weights", "activations", "gradients", "buffers"))
-        lost = {
-            "encoders": float(self.encoders),
-            "reserved": self.device.reserved,
-            "fragmentation": FRAGMENTATION * moving,
-        }
-        return {name: size for name, size in (found.parts | lost).items() if size}
+        return with_device(found, self.device)
 
     @property
     def needed(self) -> float:
@@ -63,30 +55,50 @@ class Plan:
         return self.flops_per_s / self.device.peaks[self.job.precision]
 
 
-def build_plan(job: Job, steps: Sequence[Step], device: Device, encoders: int = 0) -> Plan:
+def with_device(found: Memory, device: Device) -> dict[str, float]:
+    """Bytes of a stage by part, with what the device itself and its allocator take."""
+    moving = sum(found.parts[name] for name in ("gathered weights", "activations", "gradients", "buffers"))
+    lost = {"reserved": device.reserved, "fragmentation": FRAGMENTATION * moving}
+    return {name: size for name, size in (found.parts | lost).items() if size}
+
+
+def has_room(job: Job, device: Device) -> bool:
+    """Whether the fullest stage fits: all of a plan that memory decides."""
+    return sum(with_device(memory(job), device).values()) <= device.memory
+
+
+def build_plan(job: Job, steps: Sequence[Step], device: Device) -> Plan:
     """Raises ConfigError for a layout that the model cannot be spread on."""
     check_layout(job.model, job.layout)
     memories = tuple(memory(job, stage) for stage in stages(job))
-    return Plan(job, device, memories, step_time(job, steps, device), tuple(steps), encoders)
+    return Plan(job, device, memories, step_time(job, steps, device), tuple(steps))
 
 
 def job_of(
     config: Config, layout: Layout, steps: Sequence[Step], recompute: Recompute = "none", every: int = 1,
-    kernels: bool = True,
+    kernels: bool = True, encoders: float = 0.0,
 ) -> Job:  # fmt: skip
-    """The job of a config on a layout; its largest row decides about memory."""
+    """The job of a config on a layout; the row of which a rank has most decides about memory."""
     every_row = [row for step in steps for rows in step.rows for row in rows]
-    largest = max(every_row, key=lambda row: (row.length, row.text))
+    largest = max(every_row, key=lambda row: (row.length / (row.width or layout.cp), row.text))
     rows = max(len(rows) for step in steps for rows in step.rows)
     return Job(
         model=config.model, layout=layout, row=largest, rows=rows, precision=config.precision.precision,
-        optim=config.optim, recompute=recompute, every=every, kernels=kernels,
+        optim=config.optim, recompute=recompute, every=every, kernels=kernels, encoders=encoders,
     )  # fmt: skip
+
+
+def recompute_of(parallel: ParallelConfig) -> tuple[Recompute, int]:
+    """`every2` -> ("full", 2)."""
+    policy = parallel.recompute
+    if policy.startswith("every"):
+        return "full", int(policy.removeprefix("every"))
+    return next(known for known in ("none", "selective", "full") if policy == known), 1
 
 
 def check_unit(config: Config, layout: Layout) -> Config:
     """The config with rows whose length every rank gets an equal share of."""
-    unit = math.lcm(2 * layout.tp * layout.cp, 128)
+    unit = math.lcm(2 * layout.tp * layout.cp, 128) * (layout.cp if layout.dynamic else 1)
     up = {name: -(-getattr(config.data, name) // unit) * unit for name in ("row_multiple", "capacity")}
     if up["capacity"] % up["row_multiple"]:
         up["capacity"] = -(-up["capacity"] // up["row_multiple"]) * up["row_multiple"]
@@ -106,7 +118,7 @@ def facts(plan: Plan, mixture: Mixture | None, config: Config | None = None) -> 
     every = stages(job)
     owned = 4 + (4 if job.optim.name == "muon" else 8) + (4 if job.optim.ema else 0)
     longest = max((T * H * W for (T, H, W), _ in job.row.samples), default=0)
-    idle = bubble(layout.schedule, layout.pp, job.rows) if layout.pp > 1 else 0.0
+    idle = idle_share(layout.schedule, layout.pp, job.rows) if layout.pp > 1 else 0.0
     nodes = max(1, layout.world // plan.device.node)
     seconds = time.seconds
     found: dict[str, Any] = {
@@ -121,7 +133,7 @@ def facts(plan: Plan, mixture: Mixture | None, config: Config | None = None) -> 
         "flops_per_token_convention": flops_by_convention(total, blocks_of(job.model), job.model.width, longest),
         "flops_recomputed": time.model_flops / 3 * sum(n % job.every == 0 for n in range(blocks_of(job.model)))
         / blocks_of(job.model) if job.recompute == "full" else 0.0,
-        "communication_bytes": collectives_by_link(job, every[0], plan.device),
+        "communication_bytes": collectives_by_link(job, every[0], plan.device, plan.steps[0].rows[0]),
         "bubble": idle, "step_time_s": seconds, "step_time_by_part": time.parts, "imbalance": time.imbalance,
         "tokens_per_s": time.tokens / seconds, "tokens_per_s_per_device": time.tokens / seconds / layout.world,
         "samples_per_s": time.samples / seconds, "tflops_per_device": plan.flops_per_s / 1e12, "mfu": plan.mfu,
@@ -139,7 +151,7 @@ def facts(plan: Plan, mixture: Mixture | None, config: Config | None = None) -> 
 def storage_rate(plan: Plan, config: Config) -> float:
     """Bytes a second that all ranks together read of latents and captions: mean and variance of each value, and the text."""
     latent, text = (2 if kind != "float32" else 4 for kind in (config.encode.latent_dtype, "bfloat16"))
-    row_text = sum(row.text for step in plan.steps for rows in step.rows for row in rows) / len(plan.steps)
+    row_text = sum(row.counts * row.text for step in plan.steps for rows in step.rows for row in rows) / len(plan.steps)
     size = plan.time.tokens * plan.job.model.patch_values * 2 * latent + row_text * plan.job.model.text_width * text
     return size / plan.time.seconds
 

@@ -1,6 +1,6 @@
 """All layouts of so many devices, best first, and what else a search can answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from megasora.parallel.layout import Layout
 from megasora.parallel.plan import check_layout
 from megasora.planner.job import Job, Recompute
 from megasora.planner.memory import memory
-from megasora.planner.plan import Plan, build_plan, label, single_sample_step
+from megasora.planner.plan import Plan, build_plan, has_room, label, single_sample_step, with_device
 from megasora.planner.stages import blocks_of
 from megasora.planner.step_time import Step
 
@@ -58,12 +58,26 @@ def with_zero(base: Layout, dp: int, node: int) -> Iterator[Layout]:
             yield replace(base, dp_replicate=dp // inside, dp_shard=inside, zero=3)
 
 
+def beside(layout: Layout, node: int, model: Any) -> Iterator[Layout]:
+    """The layout itself and those one step away: a factor of two moved from one degree to another, or the state kept, or the
+    pipeline run, in another way."""
+    for other in layouts(layout.world, node, model):
+        degrees = [(getattr(layout, name), getattr(other, name)) for name in ("pp", "ulysses", "ring", "tp", "dp")]
+        changed = [(ours, theirs) for ours, theirs in degrees if ours != theirs]
+        if len(changed) in (0, 2) and all(max(pair) == 2 * min(pair) for pair in changed):
+            yield other
+
+
 def search(
-    make: Make, world: int, device: Device, model: Any, policies: Sequence[tuple[Recompute, int]] = POLICIES
+    make: Make,
+    tried: Iterable[Layout],
+    device: Device,
+    model: Any,
+    policies: Sequence[tuple[Recompute, int]] = POLICIES,
 ) -> list[Candidate]:
     """Every layout once, with the cheapest recomputation that fits: those that fit by their time, then those that do not."""
     found = []
-    for layout in layouts(world, device.node, model):
+    for layout in tried:
         try:
             check_layout(model, layout, device.node)
         except ConfigError:
@@ -76,18 +90,16 @@ def best_policy(
     make: Make, layout: Layout, device: Device, policies: Sequence[tuple[Recompute, int]] = POLICIES
 ) -> Candidate:
     """A layout with as little recomputed as fits."""
-    room = device.memory - device.reserved
     try:
         job, steps = make(layout, *policies[-1])
     except ConfigError as error:
         return Candidate(str(layout), None, str(error))
-    needed = memory(job).total  # where most is computed again: else nothing helps
-    for recompute, every in policies if needed <= room else ():
-        job = replace(job, recompute=recompute, every=every)
-        if memory(job).total <= room:
-            plan = build_plan(job, steps, device)
-            if plan.fits:
-                return Candidate(label(job), plan)
+    if has_room(job, device):  # where most is computed again: else nothing helps
+        for recompute, every in policies:
+            job = replace(job, recompute=recompute, every=every)
+            if has_room(job, device):
+                return Candidate(label(job), build_plan(job, steps, device))
+    needed = sum(with_device(memory(job), device).values())
     return Candidate(str(layout), None, f"needs {needed / GIB:.0f} GiB even where all is recomputed")
 
 
@@ -109,35 +121,60 @@ def reasons(found: Sequence[Candidate]) -> list[str]:
 
 
 def fewest(make: Make, device: Device, model: Any, most: int = 16384) -> Plan | None:
-    """The least number of devices (a power of two up to a node, then whole nodes doubled) on which some layout fits."""
+    """The least number of devices (a power of two) on which some layout fits, and the fastest of those that do."""
     world = 1
     while world <= most:
-        for candidate in search(make, world, device, model, policies=[("full", 1)]):
-            if candidate.plan is not None:
-                return min(
-                    (one.plan for one in search(make, world, device, model) if one.plan), key=lambda p: p.time.seconds
-                )
+        if any(True for _ in with_room(make, world, device, model)):
+            return search(make, layouts(world, device.node, model), device, model)[0].plan
         world *= 2
     return None
 
 
-def longest(job: Job, device: Device, grid: tuple[int, int], text: int) -> tuple[int, Plan] | None:
-    """The most latent frames of H x W patches of which one sample a data-parallel rank fits, and how."""
+def with_room(make: Make, world: int, device: Device, model: Any) -> Iterator[Layout]:
+    """The layouts on which the job fits where all is recomputed."""
+    for layout in layouts(world, device.node, model):
+        try:
+            check_layout(model, layout)
+            job, _ = make(layout, "full", 1)
+        except ConfigError:
+            continue
+        if has_room(job, device):
+            yield layout
 
-    def fitting(frames: int) -> Plan | None:
-        def make(layout: Layout, recompute: Recompute, every: int) -> tuple[Job, Sequence[Step]]:
+
+def longest(job: Job, world: int, device: Device, grid: tuple[int, int], text: int) -> tuple[int, Plan] | None:
+    """The most frames of H x W patches of which one sample a data-parallel rank fits on so many devices, to a hundredth, and
+    the fastest layout for it."""
+
+    def make(frames: int) -> Make:
+        def made(layout: Layout, recompute: Recompute, every: int) -> tuple[Job, Sequence[Step]]:
             steps = [single_sample_step((frames, *grid), text, layout)]
             row = steps[0].rows[0][0]
             return replace(job, layout=layout, row=row, rows=1, recompute=recompute, every=every), steps
 
-        found = search(make, job.layout.world, device, job.model, policies=[("full", 1)])
-        return found[0].plan if found else None
+        return made
 
-    low, high, best = 0, 1, None
-    while (plan := fitting(high)) is not None:
-        low, high, best = high, 2 * high, plan
-    while high - low > max(1, low // 64):
+    def fits(frames: int) -> bool:
+        return any(True for _ in with_room(make(frames), world, device, job.model))
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 100):
         middle = (low + high) // 2
-        plan = fitting(middle)
-        low, high, best = (middle, high, plan) if plan is not None else (low, middle, best)
-    return (low, best) if best is not None else None
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if low == 0:
+        return None
+    plan = search(make(low), layouts(world, device.node, job.model), device, job.model)[0].plan
+    return (low, plan) if plan is not None else None
+
+
+def nearest(found: Sequence[Candidate], layout: Layout) -> Plan | None:
+    """Of what fits the layout with the fewest degrees changed; of equals the fastest."""
+    fitting = [one.plan for one in found if one.plan is not None]
+
+    def distance(plan: Plan) -> tuple[int, float]:
+        ours, theirs = vars(layout), vars(plan.job.layout)
+        return sum(ours[name] != theirs[name] for name in ours), plan.time.seconds
+
+    return min(fitting, key=distance, default=None)

@@ -15,11 +15,12 @@ from megasora.models.packing import Shape
 from megasora.observe.hardware import Device
 from megasora.parallel.layout import Layout
 from megasora.parallel.schedule import bubble
-from megasora.planner.communication import communication, of_rows, of_state
+from megasora.planner.communication import of_rows, of_state
 from megasora.planner.job import Job, Row
 from megasora.planner.memory import again, tapes
 from megasora.planner.stages import Stage, blocks_of, stages
 from megasora.planner.tape import Collective
+from megasora.training_data import meeting
 
 UPDATE = 52  # bytes over memory a parameter: the norm, clipping, AdamW and the average
 
@@ -91,13 +92,23 @@ def sample_flops(model: Any, shape: Shape, text: int) -> tuple[float, float]:
     return 2.0 * (forward_macs(model, shape, text) - of_attention), 2.0 * of_attention
 
 
+@lru_cache(maxsize=1 << 16)
+def row_flops(model: Any, row: Row) -> tuple[float, float, float]:
+    """Forward, padding too, of linear layers and of attention; and of training its samples, as MFU counts."""
+    found = [sample_flops(model, shape, text) for shape, text in row.padded]
+    linear, attention = (sum(values) for values in zip(*found, strict=True))
+    return linear, attention, float(sum(training_flops(model, shape, text) for shape, text in row.samples))
+
+
+idle_share = lru_cache(maxsize=4096)(bubble)
+
+
 def products(job: Job, stage: Stage, row: Row) -> Work:
     """Matrix products and attention of one row, padding too, forward and backward, on one rank of a stage."""
-    found = [sample_flops(job.model, shape, text) for shape, text in row.padded]
-    share = len(stage.blocks) / blocks_of(job.model) / (job.layout.tp * job.layout.cp)
+    linear, attention, _ = row_flops(job.model, row)
+    share = len(stage.blocks) / blocks_of(job.model) / (job.layout.tp * (row.width or job.layout.cp))
     passes = 3 + (repeated(job, stage) if job.recompute == "full" else 0)
-    linear, attention = (share * passes * sum(values) for values in zip(*found, strict=True))
-    return replace(NOTHING, linear=linear, attention=attention)
+    return replace(NOTHING, linear=share * passes * linear, attention=share * passes * attention)
 
 
 def around_products(job: Job, stage: Stage, row: Row, device: Device) -> Work:
@@ -109,14 +120,9 @@ def around_products(job: Job, stage: Stage, row: Row, device: Device) -> Work:
     return replace(spoken(said, job.layout, device), traffic=traffic, operations=operations)
 
 
-def row_work(job: Job, stage: Stage, row: Row, device: Device) -> Work:
-    """Forward and backward of one row on one rank of a stage."""
-    return products(job, stage, row) + around_products(job, stage, row, device)
-
-
 def repeated(job: Job, stage: Stage) -> float:
     """The share of the stage's blocks whose forward pass is computed again."""
-    return sum(again(job, number) for number in stage.blocks) / max(1, len(stage.blocks))
+    return sum(again(job, stage, number) for number in stage.blocks) / max(1, len(stage.blocks))
 
 
 def spoken(said: Sequence[Collective], layout: Layout, device: Device) -> Work:
@@ -154,7 +160,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Step:
-    """A global batch as the loader would spread it: rows[group][micro-batch]."""
+    """A global batch as the loader would spread it: rows[group][micro-batch]. Groups are the ranks that share all rows, or with
+    dynamic context parallelism single ranks."""
 
     rows: tuple[tuple[Row, ...], ...]
 
@@ -162,13 +169,14 @@ class Step:
 def step_time(job: Job, steps: Sequence[Step], device: Device) -> StepTime:
     """The mean over some steps of the mixture of buckets, each as long as its slowest ranks."""
     slowest = max(stages(job), key=lambda one: len(one.blocks))
-    by_length: dict[int, Work] = {}
+    by_length: dict[tuple[int, int], Work] = {}
     cache: dict[Row, float] = {}
 
     def work_of(row: Row) -> Work:
-        if row.length not in by_length:
-            by_length[row.length] = around_products(job, slowest, row, device)
-        return products(job, slowest, row) + by_length[row.length]
+        key = row.length, row.width
+        if key not in by_length:
+            by_length[key] = around_products(job, slowest, row, device)
+        return products(job, slowest, row) + by_length[key]
 
     def seconds(row: Row) -> float:
         if row not in cache:
@@ -180,7 +188,7 @@ def step_time(job: Job, steps: Sequence[Step], device: Device) -> StepTime:
     for step in steps:
         times = [[seconds(row) for row in rows] for rows in step.rows]
         totals = [sum(found) for found in times]
-        meets = job.layout.zero == 3 or job.layout.pp > 1
+        meets = meeting(job.layout) == "micro"
         took = sum(max(micro) for micro in zip(*times, strict=True)) if meets else max(totals)
         whole, even = whole + took, even + sum(totals) / len(totals)
         longest = totals.index(max(totals))
@@ -188,22 +196,23 @@ def step_time(job: Job, steps: Sequence[Step], device: Device) -> StepTime:
         found = parts(sum(map(work_of, step.rows[longest]), once), device, job.precision)
         found["waiting for the slowest"] = took - max(totals)
         if job.layout.pp > 1:
-            idle = bubble(job.layout.schedule, job.layout.pp, len(step.rows[0]))
+            idle = idle_share(job.layout.schedule, job.layout.pp, len(step.rows[0]))
             found["pipeline bubble"] = took * idle / (1 - idle)
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value / len(steps)
         every = [row for rows in step.rows for row in rows]
-        model_flops += sum(training_flops(job.model, shape, text) for row in every for shape, text in row.samples)
-        tokens += sum(row.length - row.padding for row in every)
-        samples += sum(len(row.samples) for row in every)
+        model_flops += sum(row.counts * row_flops(job.model, row)[2] for row in every)
+        tokens += sum(row.counts * (row.length - row.padding) for row in every)
+        samples += sum(row.counts * len(row.samples) for row in every)
     n = len(steps)
     return StepTime(sums, model_flops / n, tokens / n, samples / n, whole / even)
 
 
-def collectives_by_link(job: Job, stage: Stage, device: Device) -> dict[str, dict[str, float]]:
-    """{"link": {"all_gather over shard": bytes sent}, "network": ...}."""
+def collectives_by_link(job: Job, stage: Stage, device: Device, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """{"link": {"all_gather over shard": bytes sent}, "network": ...} of a rank that has these rows in a step."""
     found: dict[str, dict[str, float]] = {"link": {}, "network": {}}
-    for one in communication(job, stage):
+    said = [one for row in rows for one in of_rows(replace(job, row=row, rows=1), stage)]
+    for one in [*said, *of_state(replace(job, rows=len(rows)), stage)]:
         name = f"{one.kind} over {one.axis}"
         place = found[link_of(one.axis, job.layout, device.node)]
         place[name] = place.get(name, 0.0) + one.total

@@ -40,6 +40,10 @@ def table(found: dict[str, Any]) -> str:
     lines.append(
         f"checkpoint {found['checkpoint_bytes'] / 1e9:,.1f} GB, {found['checkpoint_s']:.0f} s at 2 GB/s a node (assumed)"
     )
+    if "longest" in found:
+        most = found["longest"]
+        lines.insert(0, f"longest    {most['frames']:,} frames of {most['height']}x{most['width']}, {most['seconds']:.1f} s at "
+                        f"{most['fps']:g} frames a second, {most['tokens']:,} tokens")  # fmt: skip
     if "budget" in found:
         lines.append(
             f"budget     {found['budget']['steps']:,.0f} steps, {found['budget']['seconds'] / 86400:,.1f} days, "
@@ -62,7 +66,8 @@ def ranking(found: Sequence[Candidate], most: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"layout": one.name, "fits": plan is not None, "why": why}
         if plan is not None:
             row |= {"step_time_s": plan.time.seconds, "mfu": plan.mfu, "memory_bytes": plan.needed,
-                    "step_time_by_part": plan.time.parts}  # fmt: skip
+                    "step_time_by_part": plan.time.parts,
+                    "memory_by_part": plan.parts(plan.fullest)}  # fmt: skip
         rows.append(row)
     fitting = [row for row in rows if row["fits"]]
     return fitting[:most] + [row for row in rows if not row["fits"]][: max(3, most - len(fitting))]

@@ -107,14 +107,15 @@ class Tape:
         """x in fp32: itself, if it is."""
         return x if x.bytes == FLOAT else Value(x.rows, x.width, FLOAT)
 
-    def linear(self, x: Value, outputs: int) -> Value:
-        """x [rows, inputs] -> [rows, outputs]; keeps x, and the weights where they are a copy. In bf16 from fp32, x is a copy."""
+    def linear(self, x: Value, outputs: int, rows: int | None = None) -> Value:
+        """x [rows, inputs] -> [rows, outputs]; keeps x, and the weights where they are a copy. In bf16 from fp32, x is a copy.
+        `rows`: of a stretch of x that is taken."""
         x = self.value(x.rows, x.width) if x.bytes != self.place.width_bytes else x
         self.keep("linear", x)
         if self.place.cast:
             self.cast_weights += x.width * outputs * self.place.width_bytes
         self.operations += 2 if self.place.cast else 1
-        y = self.value(x.rows, outputs)
+        y = self.value(rows or x.rows, outputs)
         self.products.append(y)
         return y
 
@@ -128,9 +129,10 @@ class Tape:
         self.products.append(whole)
         return whole
 
-    def row_linear(self, x: Value, outputs: int, rows: int) -> Value:
-        """x [attended, inputs/tp] -> [tokens, outputs]: products summed over the group, each rank keeping its tokens."""
-        y = self.linear(x, outputs)
+    def row_linear(self, x: Value, outputs: int, rows: int, taken: int | None = None) -> Value:
+        """x [attended, inputs/tp] -> [rows, outputs]: products summed over the group, each rank keeping its tokens. `taken`: rows
+        of a stretch of x."""
+        y = self.linear(x, outputs, taken)
         if self.place.tp == 1:
             return y
         if not self.place.sequence:

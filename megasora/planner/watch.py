@@ -2,8 +2,7 @@
 its making to its end."""
 
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,16 +24,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One collective: over how many ranks, how far apart they are, and the bytes it takes in here."""
+    """One collective: over which ranks, and the bytes it takes in here."""
 
     kind: str
     ranks: tuple[int, ...]
     sent: int
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        stride = self.ranks[1] - self.ranks[0] if len(self.ranks) > 1 else 0
-        return self.kind, len(self.ranks), stride
 
 
 @dataclass
@@ -43,27 +37,34 @@ class Watch(TorchDispatchMode):
 
     calls: list[Call] = field(default_factory=list)
     events: list[tuple[int, int]] = field(default_factory=list)  # (storage, bytes more or less), in order
-    operations: Counter[str] = field(default_factory=Counter)
     _sizes: dict[int, int] = field(default_factory=dict)
     _numbers: Any = field(default_factory=weakref.WeakKeyDictionary)
 
     def __post_init__(self) -> None:
         super().__init__()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; what keeps torch.compile out would cost more than the watching."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # autograd asks every fake tensor, which is half of all calls
         name = func.__name__.split(".")[0]
         if func.namespace in ("_c10d_functional", "c10d") and name in KINDS:
             self.calls.append(Call(KINDS[name], ranks_of(args), bytes_in(KINDS[name], name, args)))
-        for tensor in tree_leaves(args):
-            if isinstance(tensor, Tensor):
-                self.note(tensor, before=True)
+        for tensor in tensors_in(args):
+            self.note(tensor, before=True)
         result = func(*args, **(kwargs or {}))
-        self.operations[f"{func.namespace}.{name}"] += 1
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.note(tensor)
+        for tensor in tensors_in((result,)):
+            self.note(tensor)
+        # Waiting makes another tensor of a fake one and gives back a real one itself.
+        number = self.number_of(args[0]) if name == "wait_tensor" else None
+        if number is not None and number >= 0 and number != self.number_of(result):
+            self.resized(number, 0)
         return result
 
     def note(self, tensor: Tensor, before: bool = False) -> None:
@@ -105,13 +106,14 @@ class Watch(TorchDispatchMode):
                 most = max(most, live)
         return most
 
-    def totals(self) -> dict[tuple[str, int, int], tuple[int, int]]:
-        """(kind, ranks, stride) -> (calls, bytes in)."""
-        found: dict[tuple[str, int, int], tuple[int, int]] = {}
-        for call in self.calls:
-            count, sent = found.get(call.key, (0, 0))
-            found[call.key] = count + 1, sent + call.sent
-        return found
+
+def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Of arguments or results of an operation, which are tensors, lists of them, and what is neither."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
 
 
 @contextmanager

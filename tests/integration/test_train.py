@@ -289,3 +289,13 @@ def test_what_is_not_finite_is_skipped_and_recorded(road: Road) -> None:
     every = ("--stages.0.drop_captions=1", "--stages.0.steps=30")
     done = road.run("train", f"--run.dir={run}2", f"--data.path={latents}", *every, code=3)
     assert "20 steps in a row" in done.stderr.splitlines()[-1]
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_built(road: Road) -> None:
+    """A model of 20 G parameters."""
+    run = road.directory / "too-large"
+    large = ["--model.width=8192", "--model.heads=64", "--model.ffn=32768", "--model.depth=18"]
+    done = road.run("train", f"--run.dir={run}", *large, nproc=2, code=2)
+    assert "parallel.layout=dp2,zero2: needs " in done.stderr
+    assert "of each process of this machine; nearest is parallel.recompute=full" in done.stderr
+    assert not run.exists()

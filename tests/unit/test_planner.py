@@ -1,6 +1,7 @@
 """The planner against this project itself: what blocks keep, what a rank has, what the command says."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,45 @@ def test_dry_run_agrees_and_sees_a_missing_collective(capsys: pytest.CaptureFixt
     monkeypatch.setattr("megasora.planner.dry_run.communication", lambda *_: [])
     code, _, err = plan(capsys, *arguments)
     assert (code, "all_to_all over ranks" in err) == (1, True)
+
+
+# Ranks in the middle and at the end, every kind of sharding; the weights that such a rank has less of, or none.
+HUGE = [
+    ("Wan2.1-14B", 1024, "dp64,cp1x2,tp8,zero3", 517),
+    ("Wan2.1-14B", 8192, "dp512,cp1x2,tp8,zero1", 8191),
+    ("MegaSora-30B", 1024, "dp64,tp8,pp2,zero1", 1023),
+    ("MegaSora-30B", 8192, "hsdp128x8,tp8,zero3", 4099),
+]
+
+
+def dry_run_of(
+    capsys: pytest.CaptureFixture[str], preset: str, world: int, layout: str, rank: int, *more: str
+) -> dict[str, Any]:
+    code, out, err = plan(
+        capsys, "--config", CONFIG, f"--model.preset={preset}", "--world", str(world), f"--parallel.layout={layout}",
+        "--parallel.recompute=full", f"--data.global_batch={world}", "--dry-run", "--rank", str(rank), "--json", *more,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(out)
+    assert (code, found["differences"]) == (0, []), err
+    return found
+
+
+@pytest.mark.parametrize(("preset", "world", "layout", "rank"), HUGE[::2])
+def test_dry_run_of_a_few_blocks_among_thousands(
+    preset: str, world: int, layout: str, rank: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run_of(capsys, preset, world, layout, rank, "--model.depth=2", "--rows=2")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("preset", "world", "layout", "rank"), HUGE)
+def test_dry_run_among_thousands_takes_less_than_a_minute(
+    preset: str, world: int, layout: str, rank: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = time.process_time()
+    found = dry_run_of(capsys, preset, world, layout, rank)
+    seconds = time.process_time() - begin
+    with capsys.disabled():
+        print(f"{preset} {world} {layout}: {seconds:.1f} s, {len(found['compared'])} figures as planned")
+    assert seconds < 60

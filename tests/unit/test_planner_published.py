@@ -11,7 +11,7 @@ from megasora.models.flops import training_flops
 from megasora.observe.hardware import DEVICES, GIB, Device
 from megasora.planner.memory import state_bytes
 from megasora.planner.plan import flops_by_convention
-from megasora.planner.published import GPT, activation_bytes, flops, step_seconds, with_gemm
+from tests.megatron_formulas import GPT, activation_bytes, flops, step_seconds, with_gemm
 
 PUBLISHED: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "data" / "published.yaml").read_text())
 
