@@ -41,11 +41,8 @@ class Contents:
     facts: dict[str, Any]
     tensors: dict[str, SavedTensor]
     read: Callable[[str], Tensor]
-    time: int | None = None
-
-    @property
-    def step(self) -> int:
-        return int(self.facts["step"])
+    step: int
+    time: int | None
 
 
 def form_of(path: Place) -> Form:
@@ -63,14 +60,15 @@ def open_checkpoint(path: Place, verified: bool = False) -> Contents:
     if form == "universal" and not (path / MANIFEST).exists():
         assert isinstance(path, Path)
         log.warning("%s: has no manifest: DeepSpeed has made it, and nothing in it can be verified", path)
-        return Contents(path, facts_in(path), *open_universal(path))
+        facts = facts_in(path)
+        return Contents(path, facts, *open_universal(path), int(facts["step"]), None)
     problems = [] if verified else verify(path)
     if problems:
         raise damage(path, problems)
     if form != "sharded" and not isinstance(path, Path):
         raise CheckpointError(f"{path}: the form {form} is read from a local directory; copy it first")
-    opened = OPEN[form](path)
-    return Contents(path, read_facts(path), *opened, read_manifest(path).time)
+    manifest = read_manifest(path)
+    return Contents(path, read_facts(path), *OPEN[form](path), manifest.step, manifest.time)
 
 
 def _open_sharded(path: Place) -> Opened:

@@ -100,7 +100,7 @@ def check(
     cases = [
         ("deepspeed", family, layout, precision) for family, several in layouts.items() for layout in several.split()
     ]
-    for rank, found in enumerate(run_distributed(outcomes, world, small, cases, timeout=900)):
+    for rank, found in enumerate(run_distributed(outcomes, world, small, cases, timeout=1500)):
         for (_, family, layout, _), computed in zip(cases, found, strict=True):
             difference = compare(reference(family, precision), computed)
             assert difference.worst <= most, f"{family} on {layout}, rank {rank}: {difference}"
