@@ -7,6 +7,7 @@ else, so that another engine can stand in its place.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -96,6 +97,11 @@ class Engine(Protocol):
 
     def loaded(self) -> None:
         """To be called after the tensors of `tensors` have been filled from elsewhere."""
+        ...
+
+    def save_own(self, root: Path, step: int, facts: dict[str, Any], check: Callable[[], None]) -> Path | None:
+        """Saves a step in the form of the engine's library too, where that has one and the config asks for it. `check` raises if
+        this job must not write. All ranks call it."""
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -306,6 +312,9 @@ class TorchNative:
         for module in self.root.modules():
             if isinstance(module, FSDPModule):  # zero2 keeps gathered what a forward pass has gathered
                 module.reshard()
+
+    def save_own(self, root: Path, step: int, facts: dict[str, Any], check: Callable[[], None]) -> Path | None:
+        return None
 
     def _share_of(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Ranks that hold the same tokens count a share of their loss each."""
