@@ -114,8 +114,13 @@ class Joint:
     samples: Segments  # of J, as attention sees it
     order: Tensor | None  # [J] which token of the pieces comes where; None: as it is
     pieces: int  # that attention layers see together
-    text: int  # M, text tokens of a piece, padding among them
     owner: Tensor  # [M + L] int64, non-decreasing: which of [texts of samples; runs] each token of this piece is of
+    text_owner: Tensor  # [M] of it: of the text, padding among it
+
+    @property
+    def text(self) -> int:
+        """M, text tokens of a piece."""
+        return len(self.text_owner)
 
     def enter(self, x: Tensor) -> Tensor:
         """[pieces · (M + L), ...] -> [J, ...] as attention sees it."""
@@ -161,7 +166,7 @@ def join(row: PackedRow) -> Joint:
     text_owner = nn.functional.pad(row.own_caption.index, (0, M - row.own_caption.total), value=S - 1)  # [M]
     owner = torch.cat([text_owner, S + row.runs.index])  # [M + L]
     seen = together(row.attended.own_caption, row.attended.video)
-    return Joint(seen, by_sample(texts, videos, owner.device), len(texts), M, owner)
+    return Joint(seen, by_sample(texts, videos, owner.device), len(texts), owner, text_owner)
 
 
 def pieces_of(row: PackedRow, segments: Segments) -> Sequence[Lengths]:
@@ -242,9 +247,9 @@ class DoubleBlock(nn.Module):
         self.text, self.video = Stream(config), Stream(config)
 
     def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
-        joint, S = setting.joint, len(setting.row.shapes)
+        joint, S = setting.joint, len(setting.row.pooled)
         text, video = x.tensor_split([joint.text])  # [M, D], [L, D]
-        sample, run = joint.owner[: joint.text], setting.row.runs.index  # [M], [L]
+        sample, run = joint.text_owner, setting.row.runs.index  # [M], [L]
         text_modulation = self.text.modulation(setting.condition[:S])  # six [S, D]
         video_modulation = self.video.modulation(setting.condition[S:])  # six [R, D]
         text_qkv = self.text.before(text, text_modulation, sample)  # three [M, N, K]

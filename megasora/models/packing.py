@@ -50,6 +50,11 @@ class Segments:
         lengths = torch.tensor(self.lengths, device=self.device)
         return torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths, output_size=self.total)
 
+    @cached_property
+    def spans(self) -> Tensor:
+        """[2, S] int64 on the host: first token and length of each segment, for operators that a graph calls."""
+        return torch.tensor([self.starts, self.lengths])
+
     @property
     def total(self) -> int:
         return self.offsets[-1]
@@ -77,6 +82,11 @@ class Windows:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
+    @cached_property
+    def spans(self) -> Tensor:
+        """As of `Segments`."""
+        return torch.tensor([self.starts, self.lengths])
+
 
 @dataclass(frozen=True)
 class Order:
@@ -91,7 +101,17 @@ class Order:
 
     def leave(self, x: Tensor) -> Tensor:
         """The inverse of `enter`."""
-        return transposed(x, tuple((n, B, A) for n, A, B in self.boxes))
+        return transposed(x, self.turned)
+
+    @property
+    def turned(self) -> tuple[tuple[int, int, int], ...]:
+        """The boxes after `enter`."""
+        return tuple((n, B, A) for n, A, B in self.boxes)
+
+    @cached_property
+    def turns(self) -> tuple[Tensor, Tensor] | None:
+        """`boxes` and `turned` as [G, 3] int64 on the host, for operators that a graph calls; None where nothing moves."""
+        return (torch.tensor(self.boxes), torch.tensor(self.turned)) if self.boxes else None
 
 
 def transposed(x: Tensor, boxes: tuple[tuple[int, int, int], ...]) -> Tensor:

@@ -160,7 +160,7 @@ class Pair(nn.Module):
     def forward(self, x: Tensor, setting: STSetting) -> Tensor:
         space, time = setting.orders
         x = self.space(x, setting, None, space)  # [L, D]
-        if self.first and setting.added is not None:
+        if setting.added is not None and self.first:
             x = x + setting.added.type_as(x)
         return self.time(x, setting, setting.rotation, time)  # [L, D]
 

@@ -19,6 +19,7 @@ class ParallelConfig:
     layout: str = "auto"
     recompute: str = "none"
     offload: bool = False  # what blocks keep waits in the host's memory
+    compile: bool = False  # blocks by torch.compile
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"none|selective|full|every[1-9]\d*", self.recompute):

@@ -41,8 +41,8 @@ class _Ring(torch.autograd.Function):
             owner = (here - hop) % places
             arriving = pass_on(kv, sum(held[(owner - 1) % places]), group) if hop < places - 1 else None
             for a, b, c, d in pairs(held[here], held[owner]):
-                part, part_lse = flash.forward(q[a:b], kv[0, c:d], kv[1, c:d])
-                merge(out[a:b], lse[a:b], part, part_lse)
+                part, part_lse = flash.forward(q[None, a:b], kv[:1, c:d], kv[1:, c:d])
+                merge(out[a:b], lse[a:b], part[0], part_lse[0])
             if arriving is not None:
                 kv = arriving()
         y = out.to(q.dtype)
@@ -63,11 +63,11 @@ class _Ring(torch.autograd.Function):
             length = sum(held[(owner - 1) % places])
             arriving = pass_on(kv, length, group) if hop < places - 1 else None
             for a, b, c, d in pairs(held[here], held[owner]):
-                known = grad[a:b], q[a:b], kv[0, c:d], kv[1, c:d], y[a:b], lse[a:b]
+                known = grad[None, a:b], q[None, a:b], kv[:1, c:d], kv[1:, c:d], y[None, a:b], lse[None, a:b]
                 gq, gk, gv = ctx.flash.backward(*known)
-                dq[a:b] += gq
-                dkv[0, c:d] += gk
-                dkv[1, c:d] += gv
+                dq[a:b] += gq[0]
+                dkv[0, c:d] += gk[0]
+                dkv[1, c:d] += gv[0]
             dkv = pass_on(dkv, length, group)()  # with its keys, and at last to whose they are
             if arriving is not None:
                 kv = arriving()
