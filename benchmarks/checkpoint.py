@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,7 +64,7 @@ def measure(directory: Path, megabytes: int, repeats: int) -> dict[str, Any]:
     blank = {name: torch.empty_like(tensor).fill_(0) for name, tensor in tensors.items()}
     file = directory / "dd"
     for step in range(1, repeats + 1):
-        seconds["async"].append(timed(lambda step=step: later.start(step, tensors, {})))  # type: ignore[misc]
+        seconds["async"].append(timed(partial(later.start, step, tensors, {})))
         while not later.done:  # training goes on
             time.sleep(0.01)
         seconds["async_whole"].append(finish(later).seconds)
@@ -74,7 +75,7 @@ def measure(directory: Path, megabytes: int, repeats: int) -> dict[str, Any]:
 
         seconds["sync"].append(timed(save_now))
         write = ["dd", "if=/dev/zero", f"of={file}", "bs=4M", f"count={size >> 22}", "conv=fsync", "status=none"]
-        seconds["dd"].append(timed(lambda write=write: subprocess.run(write, check=True)))  # type: ignore[misc]
+        seconds["dd"].append(timed(partial(subprocess.run, write, check=True)))
         file.unlink()
         path = directory / "now" / f"step-{step:08d}"
         shard = max(path.iterdir(), key=lambda entry: entry.stat().st_size)

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from megasora.device import pick_device
 from megasora.models.flops import forward_macs
 from megasora.models.interop import wan
 from megasora.models.interop.names import import_weights
 from megasora.models.packing import Item, in_patches, pack, patchify
 from megasora.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
 from megasora.observe.hardware import peak_memory, synchronize
-from megasora.parallel.mesh import pick_device
 
 
 @dataclass(frozen=True)

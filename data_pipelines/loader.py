@@ -131,6 +131,7 @@ class StepBatch:
     tokens: int  # of the global batch, without padding
     flops: float  # of the global batch
     imbalance: float  # time over the mean, for ranks that wait for each other as these do
+    padding: float  # share of the rows of all ranks
     replacements: list[Replacement]  # this rank's
 
 
@@ -240,6 +241,7 @@ class Loader:
             tokens=sum(map(self.tokens_of, buckets)),
             flops=sum(self.flops_of(item.bucket, item.text_tokens) for item in ahead.items),
             imbalance=ahead.assignment.micro_imbalance if self.meet == "micro" else ahead.assignment.imbalance,
+            padding=ahead.assignment.padding,
             replacements=sorted(ahead.replacements, key=lambda r: r.position),
         )
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megasora_kernels import activation_fp8, fp8_gemm, fp8_quantize  # noqa: E402
+from megasora_kernels.cases import CASES, Case, Inputs, errors, evaluate, excess  # noqa: E402
 from torch import Tensor  # noqa: E402
-
-from tests.kernel_cases import CASES, Case, Inputs, errors, evaluate, excess  # noqa: E402
 
 LENGTHS, WIDTH = (1, 4000, 0, 33, 128, 20_000, 0, 2047, 6551), 1536  # 32,760 tokens, 81 frames of 480p
 SMALL_LENGTHS, SMALL_WIDTH = (5, 1, 4, 0, 2), 144
@@ -105,6 +105,9 @@ def checks(device: str, lengths: tuple[int, ...], width: int) -> dict[str, Calla
     def of_case(case: Case) -> list[str]:
         return check_gradients(case, case.draw(lengths, width, torch.bfloat16).to(device))
 
+    def of_quantiser(scaling: fp8_quantize.Scaling) -> list[str]:
+        return check_quantiser(draw(sum(lengths), width), scaling)
+
     def of_activation(name: activation_fp8.Activation) -> list[str]:
         hidden = 2 * width
         da = draw(sum(lengths), hidden if name == "gelu" else width, 2)
@@ -113,13 +116,13 @@ def checks(device: str, lengths: tuple[int, ...], width: int) -> dict[str, Calla
     def of_product(scaling: fp8_quantize.Scaling) -> list[str]:
         return check_product(draw(sum(lengths), width), draw(width + 16, width, 1), scaling)
 
-    found: dict[str, Callable[[], list[str]]] = {case.name: lambda case=case: of_case(case) for case in CASES}  # type: ignore[misc]
+    found: dict[str, Callable[[], list[str]]] = {case.name: partial(of_case, case) for case in CASES}
     for scaling in fp8_quantize.SCALINGS:
-        found[f"quantise {scaling}"] = lambda scaling=scaling: check_quantiser(draw(sum(lengths), width), scaling)  # type: ignore[misc]
+        found[f"quantise {scaling}"] = partial(of_quantiser, scaling)
     for name in ("gelu", "swiglu"):
-        found[f"activation_fp8 {name}"] = lambda name=name: of_activation(name)  # type: ignore[misc]
+        found[f"activation_fp8 {name}"] = partial(of_activation, name)
     for scaling in ("tile", "row"):
-        found[f"fp8_gemm {scaling}"] = lambda scaling=scaling: of_product(scaling)  # type: ignore[misc]
+        found[f"fp8_gemm {scaling}"] = partial(of_product, scaling)
     return found
 
 
@@ -174,23 +177,23 @@ def time_kernels(results: dict[str, Result]) -> None:
         if case.name == "flash_varlen":
             bounds = zip(inputs.fixed[0].diff().tolist(), inputs.fixed[1].diff().tolist(), strict=True)
             best = 18 * sum(a * b for a, b in bounds) * WIDTH / bf16
-        took = seconds(lambda inputs=inputs, case=case: evaluate(case.kernels, inputs))  # type: ignore[misc]
+        took = seconds(partial(evaluate, case.kernels, inputs))
         results[case.name].seconds, results[case.name].share = took, best / took
     for scaling in fp8_quantize.SCALINGS:
         result = results[f"quantise {scaling}"]
         best = (6 if scaling == "tensor" else 4) * tokens * WIDTH / bandwidth
-        result.seconds = seconds(lambda scaling=scaling: fp8_quantize.quantise_both_triton(x, scaling))  # type: ignore[misc]
+        result.seconds = seconds(partial(fp8_quantize.quantise_both_triton, x, scaling))
         result.share = best / result.seconds
     bias = torch.zeros(WIDTH, device="cuda")
     for name in ("gelu", "swiglu"):
         result = results[f"activation_fp8 {name}"]
-        result.seconds = seconds(lambda name=name: activation_fp8.activation_fp8_triton(x, bias, name))  # type: ignore[misc]
+        result.seconds = seconds(partial(activation_fp8.activation_fp8_triton, x, bias, name))
         result.share = (4 if name == "gelu" else 3) * tokens * WIDTH / bandwidth / result.seconds
     a = fp8_quantize.quantise(torch.randn(8192, 8192, device="cuda").bfloat16(), "row")
     for scaling in ("tile", "row"):
         result = results[f"fp8_gemm {scaling}"]
         b = fp8_quantize.quantise(torch.randn(8192, 8192, device="cuda").bfloat16(), scaling)
-        result.seconds = seconds(lambda b=b: fp8_gemm.fp8_gemm_triton(a, b, torch.bfloat16))  # type: ignore[misc]
+        result.seconds = seconds(partial(fp8_gemm.fp8_gemm_triton, a, b, torch.bfloat16))
         result.share = 2 * 8192**3 / fp8 / result.seconds
 
 

@@ -14,6 +14,7 @@ from data_pipelines.loader import Loader
 from megasora import __version__
 from megasora.build import build_engine, build_recipe, check_fit
 from megasora.config import to_dict
+from megasora.device import on_gpu
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckFailed, ConfigError
 from megasora.microbatch import Recipe, build_microbatch, build_rows, training_loss
@@ -147,7 +148,7 @@ def write_costs(config: Config, engine: Engine, loader: Loader, recipe: Recipe) 
 
 def device_name(device: torch.device) -> str:
     """What the machine calls it."""
-    if device.type == "cuda":
+    if on_gpu(device):
         return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

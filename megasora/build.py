@@ -2,23 +2,29 @@
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data_pipelines.buckets import buckets_of
+from megasora.device import pick_device
 from megasora.diffusion.objective import Objective, build_objective
 from megasora.encoders import LatentFacts
+from megasora.engines.deepspeed_config import check_engine as check_deepspeed
 from megasora.engines.torch_native import Engine, TorchNative
 from megasora.errors import ConfigError
 from megasora.microbatch import Recipe, tokens_of
 from megasora.models.attention import compute_capability, find_attention
+from megasora.models.base import Model
 from megasora.models.families import build_model, chunk_of
 from megasora.observe.logs import start_logging
 from megasora.parallel.fp8 import check_fp8
-from megasora.parallel.mesh import Processes
+from megasora.parallel.layout import Layout
+from megasora.parallel.mesh import Processes, processes_of_a_node
 from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
@@ -27,7 +33,8 @@ from megasora.seeding import fold
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
     find_attention(config.model.attention)
-    check_layout(config.model, group.layout)
+    check_layout(config.model, group.layout, node_of(config))
+    check_engine(config, group.layout)
     check_fp8(config.precision.fp8, compute_capability())
     if config.eval.every:
         check_rollout(config, group)
@@ -80,6 +87,20 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
         )
 
 
+def node_of(config: Config) -> int | None:
+    """How many processes the groups that must stay within a node have there; None where they need not."""
+    return None if config.parallel.across_nodes else processes_of_a_node()
+
+
+def check_engine(config: Config, layout: Layout) -> None:
+    """Raises ConfigError for what the engine that the config asks for does not do, or where it is not installed."""
+    if config.engine == "deepspeed":
+        check_deepspeed(
+            config.deepspeed, config.optim, config.precision, config.parallel, layout, pick_device(),
+            config.data.global_batch,
+        )  # fmt: skip
+
+
 def check_rollout(config: Config, group: Processes) -> None:
     """Raises ConfigError, with the nearest layout that works, where the videos of a layout's model cannot be made."""
     if group.layout.pp > 1 and chunk_of(config.model):
@@ -98,15 +119,25 @@ def open_run_directory(config: Config, group: Processes) -> Path:
     return run
 
 
-def build_engine(config: Config, group: Processes, blank: bool = False) -> Engine:
-    """The model on the layout of the group, its weights drawn from the run's seed; `blank`: left for a checkpoint to fill."""
+def build_engine(
+    config: Config, group: Processes, blank: bool = False, build: Callable[[], Model[Any]] | None = None
+) -> Engine:
+    """The model on the layout of the group, its weights drawn from the run's seed; `blank`: left for a checkpoint to fill.
+    `build` makes another model than the config's."""
     if config.run.determinism == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products on a GPU
         torch.use_deterministic_algorithms(True)
-    build = partial(build_model, config.model)
+    build = build or partial(build_model, config.model)
     plan = PLANS.get(config.model.family, [])
     seed = None if blank else fold(config.run.seed, "weights")
-    return TorchNative(build, seed, group, config.parallel, config.precision, config.optim, plan)
+    if config.engine == "torch_native":
+        return TorchNative(build, seed, group, config.parallel, config.precision, config.optim, plan)
+    from megasora.engines.deepspeed_zero import DeepSpeedZero  # the library takes seconds to import
+
+    return DeepSpeedZero(
+        build, seed, group, config.parallel, config.precision, config.optim, plan, config.deepspeed,
+        config.data.global_batch,
+    )  # fmt: skip
 
 
 def find_objective(config: Config) -> Objective | None:

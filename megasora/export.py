@@ -2,29 +2,31 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from megasora.checkpoint.convert import Contents, write_safetensors
 from megasora.checkpoint.manifest import write_json
 from megasora.checkpoint.metadata import SavedTensor
 from megasora.config import parse_config
 from megasora.errors import ConfigError
+from megasora.models.base import ModelConfig
+from megasora.models.dit import DiTConfig
 from megasora.models.families import build_model
-from megasora.models.interop import wan
+from megasora.models.interop.classes import class_of
 from megasora.models.interop.names import export_weights
-from megasora.models.packing import Item, in_patches, pack, patchify, unpatchify
+from megasora.models.packing import Item, in_patches, pack, patchify
 from megasora.models.published_vae import PUBLISHED
-from megasora.models.video_dit import VideoDiTConfig
+from megasora.models.stdit import STDiTConfig
 from megasora.schema import Config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+PREDICTIONS = {"noise": "epsilon", "data": "sample", "velocity": "v_prediction"}  # diffusers' names
 TOLERANCE = 1e-4  # of the outputs, relative, in fp32
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
 
@@ -44,42 +46,54 @@ def export(source: Contents, target: Path, weights: str) -> Report:
     """Writes `target`, which must not be there. ConfigError for a model that diffusers has no class for."""
     config = parse_config(source.facts["config"])
     model = config.model
-    if not isinstance(model, VideoDiTConfig) or model.temporal != "full" or config.objective != "flow":
-        raise ConfigError(
-            f"model.family={model.family}, objective={config.objective}: diffusers has a class for video_dit trained by flow"
-        )
+    try:
+        known = class_of(model)
+        arguments = known.arguments(model)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
     names = [name.removeprefix(f"{weights}/") for name in source.tensors if name.startswith(f"{weights}/")]
     if not names:
         raise ConfigError(f"--weights={weights}: {source.path} has none; nearest is model")
     ours = {name: source.read(f"{weights}/{name}") for name in names}
-    theirs = export_weights(ours, wan.weight_map(model), model.depth)
-    arguments = wan.to_diffusers(model)
+    theirs = export_weights(ours, known.weight_map(model), model.depth)
     target.mkdir(parents=True)
     transformer = target / "transformer"
     transformer.mkdir()
-    write_json(transformer / "config.json", {"_class_name": "WanTransformer3DModel", **arguments})
+    write_json(transformer / "config.json", {"_class_name": known.name, **arguments})
     described = {name: SavedTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in theirs.items()}
     write_safetensors(transformer / WEIGHTS, described, theirs.values())
     (target / "scheduler").mkdir()
-    scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": config.sample.shift,
-    }
+    scheduler = scheduler_of(config)
     write_json(target / "scheduler" / "scheduler_config.json", scheduler)
     parts, left_out = copy_encoders(config, target)
-    index: dict[str, Any] = {"_class_name": "WanPipeline"} | {
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    index: dict[str, Any] = {"_class_name": known.pipeline} | {
+        "transformer": ["diffusers", known.name],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         **parts,
     }
     write_json(target / "model_index.json", index)
     found = Report(
-        "WanTransformer3DModel", sum(tensor.numel() for tensor in ours.values()), ["transformer", "scheduler", *parts],
+        known.name, sum(tensor.numel() for tensor in ours.values()), ["transformer", "scheduler", *parts],
         left_out, parity(model, ours, transformer),
     )  # fmt: skip
     (target / "export.json").write_text(json.dumps(vars(found) | {"source": str(source.path)}, indent=1) + "\n")
     return found
+
+
+def scheduler_of(config: Config) -> dict[str, Any]:
+    """The scheduler's config: of the flow, or of the chain that the model was trained by."""
+    if config.objective == "flow":
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": config.sample.shift
+        }  # fmt: skip
+    chain = config.gaussian
+    cosine, scale = chain.schedule == "cosine", 1000 / chain.steps
+    return {
+        "_class_name": "DDPMScheduler", "num_train_timesteps": chain.steps, "clip_sample": False,
+        "beta_schedule": "squaredcos_cap_v2" if cosine else "linear",
+        "beta_start": 1e-4 * scale, "beta_end": 0.02 * scale, "variance_type": chain.variance,
+        "prediction_type": PREDICTIONS[chain.prediction],
+    }  # fmt: skip
 
 
 def copy_encoders(config: Config, target: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -117,30 +131,38 @@ def read_kind(file: Path, key: str) -> Any:
 
 
 @torch.no_grad()
-def parity(config: VideoDiTConfig, weights: dict[str, Tensor], transformer: Path) -> float | None:
+def parity(model: ModelConfig, weights: dict[str, Tensor], transformer: Path) -> float | None:
     """Reads the export with diffusers and compares its output with ours on one drawn latent; None without diffusers."""
     try:
-        from diffusers import WanTransformer3DModel
+        import diffusers
     except ImportError:
         return None
+    known = class_of(model)
     arguments = json.loads((transformer / "config.json").read_text())
-    theirs = WanTransformer3DModel.from_config(arguments).eval()  # from_pretrained asks for another package, accelerate
+    theirs = getattr(diffusers, known.name).from_config(arguments).eval()  # from_pretrained asks for accelerate
     theirs.load_state_dict(load_file(transformer / WEIGHTS))
-    ours = build_model(config).eval()
+    ours = build_model(model).eval()
     ours.load_state_dict(weights)
-    generator = torch.Generator().manual_seed(0)
-    patch = config.patch
-    latent = torch.randn(config.channels, 2 * patch[0], 4 * patch[1], 4 * patch[2], generator=generator)
-    text = torch.randn(5, config.text_width, generator=generator)
-    expected = predict(ours, config, latent, 0.25, text)
-    found = theirs(latent[None], torch.tensor([250.0]), text[None]).sample[0]
+    latent, item = drawn(model, arguments)
+    expected = ours(pack([item]))
+    found = known.call(theirs, latent, 1000 * item.timesteps[:1], item)
+    found = torch.cat([patchify(part, model.patch) for part in found.split(model.channels)], dim=1)
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def predict(
-    model: Callable[[Any], Tensor] | nn.Module, config: VideoDiTConfig, latent: Tensor, t: float, text: Tensor
-) -> Tensor:
-    """Our model on one latent [C, T, H, W] at time t."""
-    shape = in_patches(latent.shape[1:], config.patch)
-    row = pack([Item(patchify(latent, config.patch), shape, torch.full((shape[0],), t), text, torch.zeros(0))])
-    return unpatchify(model(row), latent.shape[1:], config.patch)
+def drawn(model: ModelConfig, arguments: dict[str, Any]) -> tuple[Tensor, Item]:
+    """A latent [C, T, H, W], as long and as large as theirs must be where it must, and the item that it is to us."""
+    generator = torch.Generator().manual_seed(0)
+    pt, ph, pw = model.patch
+    frames, height, width = 2 * pt, 4 * ph, 4 * pw
+    if isinstance(model, STDiTConfig):
+        frames = arguments["video_length"]
+    if isinstance(model, DiTConfig):
+        frames, height, width = 1, arguments["sample_size"], arguments["sample_size"]
+    latent = torch.randn(model.channels, frames, height, width, generator=generator)
+    text = torch.randn(5, model.text_width, generator=generator)
+    pooled = torch.randn(model.pooled_width, generator=generator)
+    shape = in_patches(latent.shape[1:], model.patch)
+    label = model.classes - 1 if model.classes else None
+    item = Item(patchify(latent, model.patch), shape, torch.full((shape[0],), 0.25), text, pooled)
+    return latent, item if label is None else replace(item, label=label)

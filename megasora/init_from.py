@@ -31,10 +31,9 @@ from megasora.engines.torch_native import Engine
 from megasora.errors import CheckpointError, ConfigError
 from megasora.models.base import ModelConfig
 from megasora.models.families import build_model
-from megasora.models.interop import wan
+from megasora.models.interop.classes import CLASSES
 from megasora.models.interop.names import import_weights
 from megasora.models.packing import Patch
-from megasora.models.video_dit import VideoDiTConfig
 from megasora.observe.logs import log
 from megasora.schema import Config
 
@@ -106,15 +105,15 @@ def open_source(path: Place, part: str) -> Source:
 def _open_diffusers(path: Path) -> Source:
     directory = path / "transformer" if (path / "transformer").is_dir() else path
     facts = json.loads((directory / "config.json").read_text())
-    if facts.get("_class_name") != "WanTransformer3DModel":
-        raise CheckpointError(f"{directory}: a {facts.get('_class_name')}; known is WanTransformer3DModel")
+    known = CLASSES.get(facts.get("_class_name"))
+    if known is None:
+        raise CheckpointError(f"{directory}: a {facts.get('_class_name')}; known are {', '.join(CLASSES)}")
     theirs: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         theirs |= load_file(file)
-    patch = tuple(facts["patch_size"])
-    table = wan.weight_map(VideoDiTConfig(patch=patch))  # of the config, only the patch counts
-    ours = import_weights(theirs, table, facts["num_layers"])
-    return Source(frozenset(ours), ours.__getitem__, patch, facts["in_channels"])
+    config = known.config(facts)
+    ours = import_weights(theirs, known.weight_map(config), config.depth)
+    return Source(frozenset(ours), ours.__getitem__, config.patch, config.channels)
 
 
 def fit_weights(source: Source, model: ModelConfig, rules: Mapping[str, str]) -> tuple[dict[str, Tensor], Report]:

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megasora.build import build_recipe
+from megasora.build import build_engine, build_recipe, check_engine
 from megasora.encoders import LatentFacts
-from megasora.engines.torch_native import TorchNative
+from megasora.engines.fragments import Pieces, together
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, training_loss
 from megasora.models.base import Model
@@ -27,10 +27,9 @@ from megasora.models.families import build_model
 from megasora.models.packing import Item, Shape, pack
 from megasora.models.text import Text
 from megasora.parallel.mesh import Processes
-from megasora.parallel.plan import PLANS, check_layout
-from megasora.parallel.zero import local
+from megasora.parallel.plan import check_layout
 from megasora.schema import Config
-from megasora.seeding import fold, generator
+from megasora.seeding import generator
 
 # (T, H, W) in patches of the samples of a row: still pictures and clips, no two rows alike, odd numbers of tokens.
 ROWS: list[list[Shape]] = [
@@ -71,12 +70,11 @@ def load(file: Path) -> Outcome:
 def run(config: Config, group: Processes) -> Outcome:
     """Three steps on this layout. All ranks call it."""
     check_layout(config.model, group.layout)
+    check_engine(config, group.layout)
     if COUNT % group.layout.dp:
         raise ConfigError(f"parallel.layout={group.layout}: parity divides {COUNT} rows among data-parallel ranks")
-    engine = TorchNative(
-        noisy(partial(build_model, config.model)), fold(config.run.seed, "weights"), group, config.parallel, config.precision,
-        replace(config.optim, ema=0.0), PLANS.get(config.model.family, []),
-    )  # fmt: skip
+    config = replace(config, optim=replace(config.optim, name="sgd", ema=0.0, weight_decay=0.0))
+    engine = build_engine(config, group, build=noisy(partial(build_model, config.model)))
     mine = list(range(COUNT))[group.data_rank :: group.layout.dp]
     rows = [replace(parity_row(config, group, n), width=width) for n, width in rows_of(group, mine)]
     loss_of = training_loss(build_parity_recipe(config, group))
@@ -84,14 +82,11 @@ def run(config: Config, group: Processes) -> Outcome:
     for _ in range(3):
         losses.append(engine.forward_backward(rows, loss_of).item())
         if not gradients:
-            gradients = of_all_stages(group, {name: whole(gradient_of(p)) for name, p in engine.owned.items()})
+            gradients = of_all_stages(group, {name: whole(tensor) for name, tensor in engine.gradients().items()})
         norms.append(engine.clip().item())
-        with torch.no_grad():
-            for parameter in engine.owned.values():
-                local(parameter).sub_(local(gradient_of(parameter)), alpha=SGD)
-        engine.discard()
-        engine.loaded()
-    parameters = of_all_stages(group, {name: whole(p.detach()) for name, p in engine.owned.items()})
+        engine.update(SGD)
+    found = {name.removeprefix("model/"): t for name, t in engine.tensors().items() if name.startswith("model/")}
+    parameters = of_all_stages(group, {name: whole(tensor) for name, tensor in found.items()})
     return Outcome(losses[0], norms[0], gradients, parameters)
 
 
@@ -173,12 +168,10 @@ def of_all_stages(group: Processes, mine: dict[str, Tensor]) -> dict[str, Tensor
     return {name: tensor for stage in found for name, tensor in stage.items()}
 
 
-def gradient_of(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded, on the CPU."""
+    if isinstance(tensor, Pieces):
+        return together(tensor)
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 

@@ -17,6 +17,7 @@ from megasora.diffusion.conditioning import check_tasks
 from megasora.diffusion.flow import FlowConfig
 from megasora.diffusion.gaussian import GaussianConfig
 from megasora.diffusion.samplers import SAMPLERS
+from megasora.engines.deepspeed_config import DeepSpeedConfig
 from megasora.engines.optim import OptimConfig
 from megasora.engines.torch_native import EngineConfig
 from megasora.models.families import CLASSIFIERS, AnyModelConfig
@@ -216,7 +217,7 @@ class Config:
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
-    engine: Literal["torch_native"] = "torch_native"
+    engine: Literal["torch_native", "deepspeed"] = "torch_native"
     run: RunConfig = field(default_factory=RunConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -231,6 +232,7 @@ class Config:
     stages: tuple[Stage, ...] = (Stage(),)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: EngineConfig = field(default_factory=EngineConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

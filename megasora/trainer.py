@@ -22,7 +22,7 @@ from megasora.checkpoint.load import load, resume_path
 from megasora.checkpoint.ranks import Ranks
 from megasora.checkpoint.saver import Saver
 from megasora.cluster.heartbeat import Heartbeat, heartbeat
-from megasora.cluster.origin import origin
+from megasora.cluster.origin import node_name, origin
 from megasora.cluster.signals import StopRequest, stop_on_signal
 from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
@@ -35,7 +35,7 @@ from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.observe.spikes import SpikeWatch
-from megasora.parallel.mesh import Processes, processes, rank
+from megasora.parallel.mesh import Processes, node_report, processes, rank, ranks_of_nodes, spans
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
@@ -89,11 +89,15 @@ class Trainer:
         self.bad_samples = self.skipped = 0
         self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
+        nodes = ranks_of_nodes(group, node_name())
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
-                   fingerprint=self.data.fingerprint, torch=torch.__version__, **origin())  # fmt: skip
+                   fingerprint=self.data.fingerprint, torch=torch.__version__,
+                   nodes={node: spans(ranks) for node, ranks in nodes.items()},
+                   **origin())  # fmt: skip
         log.info("%s step %d | %s parameters | %s latents | %s on %s", "resuming after" if self.step else "starting at",
                  self.step, f"{parameter_count(config.model):,}", f"{self.data.samples:,}",
                  group.layout, group.device)  # fmt: skip
+        log.info("%s: %s", group.layout, node_report(group.layout, nodes))
 
     def run(self) -> None:
         for segment in self.segments:
@@ -228,14 +232,13 @@ class Trainer:
         if self.journal is None:
             return
         flops_per_s = batch.flops / seconds / self.group.world
-        row_tokens = sum(batch.lengths) * self.group.layout.dp
         metrics = StepMetrics(
             attempt=self.journal.attempt, time=time.time(), step=self.step, stage=stage.name, loss=loss,
             grad_norm=grad_norm, lr=lr, samples=self.config.data.global_batch, tokens=batch.tokens,
             bucket=batch.buckets, order=xxhash.xxh3_64_hexdigest("\n".join(batch.keys).encode()), bad_samples=self.bad_samples,
             step_time_s=seconds, data_wait_s=wait, tokens_per_s=batch.tokens / seconds,
             tflops_per_device=flops_per_s / 1e12, mfu=flops_per_s / self.peak_flops, imbalance=batch.imbalance,
-            padding=1 - batch.tokens / row_tokens, peak_memory_bytes=peak_memory(self.group.device),
+            padding=batch.padding, peak_memory_bytes=peak_memory(self.group.device),
             world=self.group.world, layout=str(self.group.layout),
         )  # fmt: skip
         self.journal.step(metrics)

@@ -15,6 +15,7 @@ from data_pipelines.items import SampleSource
 from data_pipelines.loader import Loader, Opener, cached_opener
 from data_pipelines.shards import ShardSet
 from data_pipelines.synthetic import SyntheticLatents
+from megasora.device import on_gpu
 from megasora.encoders import LatentFacts, check_latents, open_facts, open_online
 from megasora.errors import ConfigError
 from megasora.microbatch import patches_of, tokens_of
@@ -136,9 +137,9 @@ def build_loader(
         rank=group.data_rank * layout.cp + group.place["cp"] if layout.dynamic else group.data_rank,
         ranks=layout.dp * (layout.cp if layout.dynamic else 1),
         widths=layout.widths if layout.dynamic else (),
-        meet="micro" if layout.zero == 3 else "step",
+        meet="micro" if layout.zero == 3 or layout.dynamic else "step",
         obey=obey.get(segment, {}),
-        pin=group.device.type == "cuda",
+        pin=on_gpu(group.device),
     )
 
 

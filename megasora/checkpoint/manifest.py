@@ -16,7 +16,7 @@ from megasora.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FACTS = "facts.json"
-FORMAT = 1
+FORMAT = 2  # 1: the columns of MMDiT's single blocks lay in another order
 CHUNK = 4 << 20  # bytes read at once
 
 Place = Path | UPath  # a directory or file here, or at an address that fsspec opens

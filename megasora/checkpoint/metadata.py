@@ -7,17 +7,15 @@ types that describe tensors can be built from it. Entries other than tensors are
 import io
 import math
 import pickle
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from megasora.checkpoint.manifest import Place, open_for_reading, read_checked, read_manifest
@@ -56,32 +54,60 @@ class CheckedReader(FileSystemReader):
 
     def __init__(self, path: Place, metadata: Metadata) -> None:
         super().__init__("")
-        self.fs, self.path = _Places(), path  # type: ignore[assignment]
+        self.place = path
         self.metadata = metadata
 
     def read_metadata(self) -> Metadata:
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """In a few threads: each holds one piece of the checkpoint at a time, and a copy of it."""
-        shares = [replace(plan, items=plan.items[i::READERS]) for i in range(READERS)]
+        """A few files at once; of each, one piece is held at a time, or read right into the tensor."""
+        files: dict[str, list[ReadItem]] = {}
+        for item in sorted(plan.items, key=lambda item: self._place(item).offset):
+            files.setdefault(self._place(item).relative_path, []).append(item)
+
+        def read(name: str) -> None:
+            with open_for_reading(self.place / name) as stream:
+                for item in files[name]:
+                    self._read_item(stream, item, planner)
+
         with ThreadPoolExecutor(READERS) as threads:
-            list(threads.map(lambda share: super(CheckedReader, self).read_data(share, planner), shares))
+            list(threads.map(read, files))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
+    def _place(self, item: ReadItem) -> Any:
+        return self.storage_data[item.storage_index]
 
-class _Places(FileSystem):
-    """A directory here or on object storage as DCP's reader sees it."""
+    def _read_item(self, stream: Any, item: ReadItem, planner: LoadPlanner) -> None:
+        """torch.save's archive of one contiguous tensor: its bytes lie in the record data/0."""
+        index, place = item.storage_index, self._place(item)
+        described = self.metadata.state_dict_metadata[index.fqn]
+        assert isinstance(described, TensorStorageMetadata)
+        shape = next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset)
+        record = torch._C.PyTorchFileReader(self._slice_file(stream, place)).get_record_offset("data/0")  # type: ignore[attr-defined]
+        stream.seek(place.offset + record)
+        target = planner.resolve_tensor(item).detach()
+        dtype = described.properties.dtype
+        whole = (
+            target.shape == shape and target.dtype == dtype and target.is_contiguous() and target.device.type == "cpu"
+        )
+        piece = target if whole else torch.empty(shape, dtype=dtype)
+        fill(piece, stream)
+        if not whole:
+            target.copy_(narrow_tensor_by_index(piece, item.storage_offsets, item.lengths))
+        planner.commit_tensor(item, target)
 
-    def concat_path(self, path: Any, suffix: str) -> Any:
-        return path / suffix
 
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
-        with open_for_reading(path) as stream:
-            yield stream
+def fill(tensor: torch.Tensor, stream: Any) -> None:
+    """Reads a contiguous tensor's bytes. EOFError if there are not so many."""
+    left: Any = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while left:
+        read = stream.readinto(left)
+        if not read:
+            raise EOFError(f"{len(left)} bytes of a tensor are missing")
+        left = left[read:]
 
 
 def read_metadata(path: Place) -> Metadata:

@@ -46,8 +46,8 @@ class Shares:
     metadata: Metadata | None
 
     def resolve_data(self, item: WriteItem) -> torch.Tensor:
-        """For DCP's writer."""
-        return self.pieces[item.index]
+        """For DCP's writer. Contiguous: a load reads the bytes as they lie."""
+        return self.pieces[item.index].contiguous()
 
 
 def plan_shares(ranks: Ranks, what: str, tensors: Mapping[str, torch.Tensor]) -> Shares:

@@ -18,6 +18,7 @@ from megasora.checkpoint.durable import copy
 from megasora.checkpoint.manifest import Place, place_of
 from megasora.checkpoint.ranks import Ranks
 from megasora.checkpoint.save import Shares, plan_shares, prune, write
+from megasora.device import on_gpu
 from megasora.errors import CheckpointError, Superseded
 
 LOOK = 2.0  # seconds between two looks at the other ranks, while all wait for a save
@@ -141,7 +142,7 @@ class Saver:
 
     def _copied(self, shares: Shares) -> dict[MetadataIndex, torch.Tensor]:
         """The pieces in the host's memory. The same memory serves all saves: a fresh page costs more than the copy."""
-        pinned = self.device.type == "cuda"
+        pinned = on_gpu(self.device)
         for index, piece in shares.pieces.items():
             copied = self._copies.get(index)
             if copied is None or copied.shape != piece.shape or copied.dtype != piece.dtype:

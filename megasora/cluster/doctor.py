@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megasora.device import devices_here, on_gpu
 from megasora.observe.hardware import gemm_peak, synchronize
 
 BLOCK = 1 << 20
@@ -107,7 +108,7 @@ def one_gpu(index: int, values: dict[str, str], limits: Limits) -> Iterator[Find
 
 def computing(limits: Limits) -> Finding:
     """Speed of every device, and the same product twice: a device that contradicts itself computes wrongly."""
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    devices = devices_here()
     speeds = []
     for device in devices:
         a = torch.randn(512, 512, device=device, generator=torch.Generator(device).manual_seed(0))
@@ -115,7 +116,7 @@ def computing(limits: Limits) -> Finding:
         synchronize(device)
         if not all(torch.equal(result, results[0]) for result in results) or not results[0].isfinite().all():
             return Finding("computing", f"{device} contradicts itself", "the same product each time", False)
-        speeds.append(gemm_peak(device, "bf16" if device.type == "cuda" else "fp32") / 1e12)
+        speeds.append(gemm_peak(device, "bf16" if on_gpu(device) else "fp32") / 1e12)
     worst = min(speeds)
     return Finding(
         "computing", f"{worst:.2f} TFLOP/s, the slowest device", f">= {limits.tflops}", worst >= limits.tflops

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megasora.cluster.doctor import Finding, Limits
+from megasora.device import on_gpu
 from megasora.parallel.mesh import Processes
 
 
@@ -65,7 +66,7 @@ def _exchange(payload: torch.Tensor, box: torch.Tensor, other: int, device: torc
     ops = [dist.P2POp(dist.isend, payload, other), dist.P2POp(dist.irecv, box, other)]
     for request in dist.batch_isend_irecv(ops):
         request.wait()
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megasora.cluster.origin import node_name
+from megasora.device import on_gpu
 
 WINDOW = 20  # steps
 FACTOR = 1.5  # of the median of all ranks
@@ -76,12 +77,12 @@ class FirstCall:
         if len(self.marks) == 1:  # a stage of a pipeline that sees no loss
             return 0.0
         begin, end = self.marks
-        if self.device.type == "cuda":
+        if on_gpu(self.device):
             return float(begin.elapsed_time(end)) / 1000
         return float(end - begin)
 
     def _mark(self) -> Any:
-        if self.device.type != "cuda":
+        if not on_gpu(self.device):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()

@@ -13,9 +13,10 @@ from megasora.engines.muon import Muon
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """`lr` is the peak; a stage may have its own. Each stage warms up linearly and then follows the schedule."""
+    """`lr` is the peak; a stage may have its own. Each stage warms up linearly and then follows the schedule. `sgd`, plain
+    descent, is there to compare updates by: Adam hides a wrong scale."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -69,6 +70,8 @@ def build_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -
         here = [p for p in others if mesh_of(p) == kind]
         groups.append({"params": [p for p in here if p.ndim > 1], "weight_decay": config.weight_decay})
         groups.append({"params": [p for p in here if p.ndim <= 1], "weight_decay": 0.0})
+    if config.name == "sgd":
+        return [torch.optim.SGD(groups, lr=config.lr)]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from megasora.engines.muon import sharded_like
+from megasora.engines.muon import Muon, sharded_like
 from megasora.engines.optim import OptimConfig, build_optimizers
 from megasora.models.attention_operator import as_operator
 from megasora.models.base import Model
@@ -72,8 +72,12 @@ class Engine(Protocol):
         """Accumulates the gradients of the sum of `loss(model, row)` over rows and data-parallel ranks; returns that sum."""
         ...
 
+    def gradients(self) -> dict[str, Tensor]:
+        """By parameter, after `forward_backward` and before anything else, in the form of `tensors`."""
+        ...
+
     def clip(self) -> Tensor:
-        """The global norm of the gradients, which are scaled down to `optim.clip` if it is larger."""
+        """The global norm of the gradients. The update that follows has them scaled down to `optim.clip` if it is larger."""
         ...
 
     def update(self, lr: float) -> None:
@@ -165,7 +169,7 @@ class TorchNative:
         self.ema = {name: p.detach().clone() for name, p in self.owned.items()} if optim.ema else {}
 
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[Answering, Row], Tensor]) -> Tensor:
-        mine = [self._mine(row) for row in rows]
+        mine = [stretch_here(self.processes, row) for row in rows]
         if self.pipeline is not None:
             total = self.pipeline.step(mine, self._share_of(loss), self._backward)
         else:
@@ -182,15 +186,11 @@ class TorchNative:
         dist.all_reduce(total)
         return total
 
-    def _mine(self, row: Row) -> Row:
-        """This rank's stretch of a row."""
-        index, parts, shared = self.processes.part(row.width or self.processes.layout.cp)
-        return row.part(index, parts, shared) if parts > 1 else row
-
     def _backward(self, y: Tensor, gradient: Tensor | None, last: bool) -> None:
         """Of a loss, or of what a stage gave, whose gradient came back. Gradients travel with the last one of a step."""
         if self.fsdp:
             self.root.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.root.set_reshard_after_backward(last or self.processes.layout.zero == 3)  # type: ignore[operator]
         if gradient is None and self.averages:
             y = y * (self.processes.layout.dp * self.processes.layout.cp)
         y.backward(gradient)
@@ -213,6 +213,9 @@ class TorchNative:
         elif not self.averages and layout.dp * layout.cp > 1:
             every = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
             all_reduce_together(every, self.processes.replicas.get_group())
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.owned.items()}
 
     @torch.no_grad()
     def clip(self) -> Tensor:
@@ -275,7 +278,7 @@ class TorchNative:
                             "exp_avg": torch.zeros_like(parameter),
                             "exp_avg_sq": torch.zeros_like(parameter),
                         }
-                    else:
+                    elif isinstance(optimizer, Muon):
                         optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
     @contextmanager
@@ -295,22 +298,14 @@ class TorchNative:
 
     @torch.no_grad()
     def predict(self, row: PackedRow, *options: Any) -> Tensor:
-        """The row is cut as in training. With options of the model's (cached keys) only the tensor group cuts it."""
-        index, parts, shared = self.processes.part(self.processes.layout.cp)
-        if options:
-            index, parts = index % shared, shared
-        mine = row.part(index, parts, shared) if parts > 1 else row
-        mesh = self.processes.mesh
         if self.pipeline is None:
             with self._lower():
-                y = self.model(mine, *options).float()
-        else:
-            assert not options
-            y = on_all_stages(self.pipeline.answer(mine), mesh["pp"].get_group(), self.processes.device)
-        for axis, count in (("tp", shared), ("cp", parts // shared)):
-            if count > 1:
-                y = gathered(y, mesh[axis].get_group())
-        return y
+                return whole_answer(self.processes, self.model, row, *options)
+        assert not options
+        pipeline, group = self.pipeline, self.processes.mesh["pp"].get_group()
+        return whole_answer(
+            self.processes, lambda mine: on_all_stages(pipeline.answer(mine), group, self.processes.device), row
+        )
 
     def loaded(self) -> None:
         """To be called when the tensors of `tensors` have been given other values: what was gathered of them is stale."""
@@ -331,6 +326,24 @@ class TorchNative:
         kind = self.processes.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=False), fp8_context(self.config.fp8):
             yield
+
+
+def stretch_here(processes: Processes, row: Row) -> Row:
+    """This rank's stretch of a row."""
+    index, parts, shared = processes.part(row.width or processes.layout.cp)
+    return row.part(index, parts, shared) if parts > 1 else row
+
+
+def whole_answer(processes: Processes, model: Answering, row: PackedRow, *options: Any) -> Tensor:
+    """The row is cut as in training. With options of the model's (cached keys) only the tensor group cuts it."""
+    index, parts, shared = processes.part(processes.layout.cp)
+    if options:
+        index, parts = index % shared, shared
+    y = model(row.part(index, parts, shared) if parts > 1 else row, *options).float()
+    for axis, count in (("tp", shared), ("cp", parts // shared)):
+        if count > 1:
+            y = gathered(y, processes.mesh[axis].get_group())
+    return y
 
 
 def init_weights(model: nn.Module, build: Callable[[], nn.Module], seed: int) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from megasora.device import on_gpu
+
 GIB = 2**30
 
 
@@ -105,7 +107,7 @@ def this_cpu(peaks: dict[str, float], share: int = 1) -> Device:
 
 def device_peak(device: torch.device, precision: str) -> float:
     """FLOP/s: the data sheet's for a known GPU, else (and on every CPU) the best GEMM measured now, 0.2 s."""
-    if device.type == "cuda":
+    if on_gpu(device):
         name = torch.cuda.get_device_name(device)
         for known, found in DEVICES.items():
             if known in name:
@@ -116,7 +118,7 @@ def device_peak(device: torch.device, precision: str) -> float:
 def gemm_peak(device: torch.device, precision: str, seconds: float = 0.2) -> float:
     """FLOP/s of the best of repeated square matrix products: on a GPU, or on a CPU with this process's threads."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    size = 8192 if device.type == "cuda" else 1024  # a GPU does 1024 in less time than it takes to start
+    size = 8192 if on_gpu(device) else 1024  # a GPU does 1024 in less time than it takes to start
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # a GPU is faster on ones
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -129,13 +131,13 @@ def gemm_peak(device: torch.device, precision: str, seconds: float = 0.2) -> flo
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the CUDA allocator's peak, or on a CPU the process's own (VmHWM)."""
-    if device.type == "cuda":
+    if on_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

@@ -20,6 +20,7 @@ class ParallelConfig:
     recompute: str = "none"
     offload: bool = False  # what blocks keep waits in the host's memory
     compile: bool = False  # blocks by torch.compile
+    across_nodes: bool = False  # tp and Ulysses may be wider than a node
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"none|selective|full|every[1-9]\d*", self.recompute):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megasora.device import on_gpu, pick_device
 from megasora.parallel.context import Context
 from megasora.parallel.layout import Layout, parse_layout
 from megasora.parallel.pipeline import Place
@@ -110,21 +111,55 @@ def on_main(group: Processes, mine: dict[int, T]) -> dict[int, T]:
     return {number: value for share in found or [] for number, value in share.items()}
 
 
+def ranks_of_nodes(group: Processes, name: str) -> dict[str, list[int]]:
+    """The ranks of each node, by the name that every process gives its own. All ask for it together."""
+    names: list[str] = [""] * group.world
+    dist.all_gather_object(names, name)
+    return {node: [number for number, found in enumerate(names) if found == node] for node in names}
+
+
+def node_report(layout: Layout, nodes: dict[str, list[int]]) -> str:
+    """Which rank lies on which node, and what of the layout goes from node to node: a line."""
+    lies = ", ".join(f"{spans(ranks)} -> {node}" for node, ranks in nodes.items())
+    return f"ranks {lies}; between nodes: {', '.join(between_nodes(layout, nodes)) or 'nothing'}"
+
+
+def between_nodes(layout: Layout, nodes: dict[str, list[int]]) -> list[str]:
+    """The axes of which some group has ranks on several nodes."""
+    node_of = {number: node for node, ranks in nodes.items() for number in ranks}
+    sizes = {
+        "tp": layout.tp, "ulysses": layout.ulysses, "ring": layout.ring, "dp_shard": layout.dp_shard,
+        "dp_replicate": layout.dp_replicate, "pp": layout.pp,
+    }  # from the innermost  # fmt: skip
+    found, stride = [], 1
+    for axis, size in sizes.items():
+        firsts = ((number, number - number // stride % size * stride) for number in range(layout.world))
+        if any(node_of[number] != node_of[first] for number, first in firsts):
+            found.append(axis)
+        stride *= size
+    return found
+
+
+def spans(numbers: list[int]) -> str:
+    """0, 1, 2, 5 -> 0-2 5."""
+    firsts = [n for n in numbers if n - 1 not in numbers]
+    lasts = [n for n in numbers if n + 1 not in numbers]
+    return " ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(firsts, lasts, strict=True))
+
+
 def world_size() -> int:
     """How many processes the launcher started (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_of_a_node() -> int:
+    """How many of them it started on each node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def rank() -> int:
     """This process's number among them."""
     return int(os.environ.get("RANK", "0"))
-
-
-def pick_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 @contextmanager
@@ -135,10 +170,10 @@ def processes(layout: str, timeout: timedelta = timedelta(minutes=10)) -> Iterat
     """
     parsed = parse_layout(layout, world_size())
     device = pick_device()
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.set_device(device)
     store = None if "RANK" in os.environ else dist.HashStore()
-    gpu = device if device.type == "cuda" else None
+    gpu = device if on_gpu(device) else None
     dist.init_process_group(
         "nccl" if gpu else "gloo", store=store, rank=rank(), world_size=world_size(), timeout=timeout, device_id=gpu
     )

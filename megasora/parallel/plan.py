@@ -1,10 +1,12 @@
 """Which layer of which family is split how. Data, not code: patterns of module names, the first that matches counts.
 
 column: some outputs, of the tokens that all ranks of the group have together; column_whole: of tokens that each has anyway;
-row: some inputs; norm: over a width that is split. The first group of a column's pattern names the layers with one input.
+row: some inputs; norm: over a width that is split; heads: whole, but it sees its rank's heads alone. The first group of a
+column's pattern names the layers with one input.
 """
 
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 from megasora.errors import ConfigError
@@ -30,14 +32,35 @@ PLANS: dict[str, list[tuple[str, Style]]] = {
         (r"blocks\.\d+\.(?:text|video)\.(?:out|mlp\.2)", "row"),
         (r"(blocks\.\d+)\.(?:qkv\.[qkv]|mlp)", "column"),
         (r"blocks\.\d+\.out", "row"),
+        (r"blocks\.\d+\.(?:text\.|video\.)?qkv\.norm_[qk]", "heads"),
     ],
-    "stdit": [*ATTENTION, *MLP],
+    "stdit": [*ATTENTION, *MLP, (r"blocks\.\d+\.(?:space|time)\.(?:self_|cross_)?attention\.norm_[qk]", "heads")],
     "dit": [*ATTENTION, *MLP],
 }
 
 
-def check_layout(model: Any, layout: Layout) -> None:
-    """Raises ConfigError, with the nearest layout that works, for one on which the model of a config cannot be spread."""
+def check_layout(model: Any, layout: Layout, node: int | None = None) -> None:
+    """Raises ConfigError, with the nearest layout that works, for one on which the model of a config cannot be spread; and, where
+    a node has so many processes, for one whose tensor and Ulysses groups do not stay within nodes."""
+    spread(model, layout)
+    wide = layout.tp * (layout.cp if layout.dynamic else layout.ulysses)  # a pool's Ulysses groups begin anywhere in it
+    if node is None or node % wide == 0 or layout.world <= node:
+        return
+    tp = gcd(layout.tp, node)
+    ulysses = gcd(layout.ulysses, node // tp)
+    ring = layout.cp // ulysses
+    instead: dict[str, Any] = {"tp": tp, "ulysses": ulysses, "ring": ring, "dynamic": False}
+    try:
+        spread(model, replace(layout, **instead))
+    except ConfigError:  # no ring for this family
+        instead["ring"] = 1
+    what = "tp x cp:dynamic" if layout.dynamic else "tp x Ulysses"
+    why = f"{what} = {wide} goes beyond nodes of {node} processes (parallel.across_nodes=true allows it)"
+    raise refusal(layout, why, **instead)
+
+
+def spread(model: Any, layout: Layout) -> None:
+    """`check_layout`, wherever the ranks lie."""
     stages = layout.pp * CHUNKS[layout.schedule]
     if layout.pp > 1 and stages > model.block_count:
         fitting = max(1, model.block_count // CHUNKS[layout.schedule])

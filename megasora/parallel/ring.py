@@ -57,21 +57,28 @@ class _Ring(torch.autograd.Function):
         places, here = len(held), dist.get_rank(group)
         kv = torch.stack([k, v])
         dq = torch.zeros_like(q, dtype=torch.float32)
-        dkv = torch.zeros_like(kv, dtype=torch.float32)
+        own = torch.zeros_like(kv, dtype=torch.float32)  # of the keys that are at home
+        travelling: Callable[[], Tensor] | None = None
         for hop in range(places):
             owner = (here - hop) % places
             length = sum(held[(owner - 1) % places])
             arriving = pass_on(kv, length, group) if hop < places - 1 else None
+            dkv = torch.zeros_like(kv, dtype=torch.float32) if hop else own
             for a, b, c, d in pairs(held[here], held[owner]):
                 known = grad[None, a:b], q[None, a:b], kv[:1, c:d], kv[1:, c:d], y[None, a:b], lse[None, a:b]
                 gq, gk, gv = ctx.flash.backward(*known)
                 dq[a:b] += gq[0]
                 dkv[0, c:d] += gk[0]
                 dkv[1, c:d] += gv[0]
-            dkv = pass_on(dkv, length, group)()  # with its keys, and at last to whose they are
+            if travelling is not None:
+                dkv += travelling()  # what the places before found for these keys, which came meanwhile
+            if hop:
+                travelling = pass_on(dkv, length, group)  # with its keys, and at last to whose they are
             if arriving is not None:
                 kv = arriving()
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None
+        if travelling is not None:
+            own += travelling()
+        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None, None
 
 
 def pairs(queries: Lengths, keys: Lengths) -> list[tuple[int, int, int, int]]:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from megasora.models.layers import RMSNorm
 
-Style = Literal["column", "column_whole", "row", "norm"]
+Style = Literal["column", "column_whole", "row", "norm", "heads"]
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # F.linear, or another that stands for it
 
 
@@ -120,8 +120,7 @@ def split(parameter: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
 
 def here(parameter: Tensor) -> Tensor:
     """This rank's share, inside autograd."""
-    assert isinstance(parameter, DTensor)
-    return parameter.to_local()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def is_split(parameter: Tensor) -> bool:
@@ -143,7 +142,7 @@ def split_model(model: nn.Module, plan: list[tuple[str, Style]], mesh: DeviceMes
     for name, module in list(model.named_modules()):
         for pattern, style in plan:
             match = re.fullmatch(pattern, name)
-            if match is None:
+            if match is None or style == "heads":  # whole, as everything that the plan does not name
                 continue
             parent, _, last = name.rpartition(".")
             new: nn.Module

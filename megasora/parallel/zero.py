@@ -22,8 +22,9 @@ BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB in fp32
 def shard_model(model: nn.Module, root: nn.Module, mesh: DeviceMesh, keep: bool, lower: bool) -> None:
     """FSDP2 around each block of the model and around the rest of `root`, which is what will be called.
 
-    `keep` (zero2) leaves a block's weights gathered after its forward pass; zero3 lets them go, and gathers the next block's
-    while one computes. `lower` hands blocks bf16 weights; gradients are reduced in fp32 in any case.
+    `keep` (zero2) leaves a block's weights gathered from its first forward pass of a step to its last backward pass; zero3 lets
+    them go, and gathers the next block's while one computes. `lower` hands blocks bf16 weights; gradients are reduced in fp32 in
+    any case.
     """
     policy = MixedPrecisionPolicy()
     if lower:
@@ -112,8 +113,8 @@ class OptimizerShards:
         """A rank's rows, flat, as many numbers for every rank."""
         rows = self.rows[name]
         flat = rows.of(tensor, index).flatten()
-        width = tensor[:1].numel()
-        return nn.functional.pad(flat, (0, rows.size * width - len(flat)))
+        missing = rows.size * tensor[:1].numel() - len(flat)
+        return nn.functional.pad(flat, (0, missing)) if missing else flat  # without a copy where nothing is missing
 
 
 def buckets(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:

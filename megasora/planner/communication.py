@@ -1,7 +1,8 @@
 """What one rank says to others in a step: every collective, the axis it goes along and its bytes, as the engine has them.
 
 Tensor parallelism and context parallelism speak in every block (tape.py). ZeRO and DDP speak of weights and gradients: zero2
-gathers a block's weights once a row, zero3 twice, both reduce-scatter its gradients once a step (parallel/zero.py, FSDP2).
+gathers a block's weights once a step, zero3 twice a row, both reduce-scatter its gradients once a step (parallel/zero.py,
+FSDP2). Muon gathers each matrix that is sharded (engines/muon.py).
 """
 
 from megasora.parallel.schedule import CHUNKS
@@ -25,7 +26,7 @@ def of_rows(job: Job, stage: Stage) -> list[Collective]:
 
 def of_state(job: Job, stage: Stage) -> list[Collective]:
     """What belongs to weights and gradients, and what all say to all."""
-    found = weights(job, stage) + gradients(job, stage)
+    found = weights(job, stage) + gradients(job, stage) + orthogonalised(job, stage)
     world = job.layout.world
     return [*found, Collective("all_reduce", "world", world, FLOAT, 2)] if world > 1 else found  # loss and norm
 
@@ -50,7 +51,7 @@ def weights(job: Job, stage: Stage) -> list[Collective]:
         mine = stage.parameters(job.model)
         stored = [p.stored(layout.tp, shards) * FLOAT for p in mine]
         return [Collective("all_gather", "data", shards, sent, 1) for sent in in_buckets(mine, stored, layout.tp)]
-    times = job.rows * (2 if layout.zero == 3 else 1)
+    times = 2 * job.rows if layout.zero == 3 else 1
     blocks, rest = together(stage.sizes(job), stage)
     sent = [(one * job.width_bytes, True) for one in blocks] + [(rest * FLOAT, False)]
     return [Collective("all_gather", "shard", shards, size, times, hidden=hidden) for size, hidden in sent]
@@ -85,6 +86,23 @@ def gradients(job: Job, stage: Stage) -> list[Collective]:
     if layout.pp > 1:
         shared = sum(one.stored if fsdp else one.here for key, one in sizes.items() if stage.shares(key))
         found.append(Collective("all_reduce", "pp", layout.pp, FLOAT * shared, 1))
+    return found
+
+
+def orthogonalised(job: Job, stage: Stage) -> list[Collective]:
+    """What Muon gathers: over one axis and then over the other what both divide, by the order of its placements."""
+    tp, shards, axis = job.layout.tp, job.shards, "data" if job.layout.zero == 1 else "shard"
+    found = []
+    for p in stage.parameters(job.model) if job.optim.name == "muon" else ():
+        if not p.is_hidden_matrix:
+            continue
+        mine = p.stored(tp, shards) * FLOAT
+        over_tp = tp if p.split is not None else 1
+        first = shards if p.split == 0 else 1  # gathered before the tensor group does
+        if shards > 1:
+            found.append(Collective("all_gather", axis, shards, mine * (1 if first > 1 else over_tp), 1))
+        if over_tp > 1:
+            found.append(Collective("all_gather", "tp", tp, mine * first, 1))
     return found
 
 

@@ -5,7 +5,7 @@ group, number and bytes, and the most memory that lives at once. On a CPU the ke
 taken for them too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from megasora.encoders import LatentFacts
 from megasora.engines.torch_native import EngineConfig, TorchNative
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, training_loss
+from megasora.models.base import Model
 from megasora.models.families import build_model
 from megasora.models.packing import Item, pack
 from megasora.models.text import Text
@@ -54,7 +55,7 @@ class DryRun:
 def alone(job: Job) -> Job:
     """The job with rows of one sample without padding: lengths of several are data, which fake tensors do not have."""
     shape, text = max(job.row.samples, key=lambda sample: sample[0][0] * sample[0][1] * sample[0][2])
-    rows = min(job.rows, job.layout.pp) if job.layout.pp > 1 else 1
+    rows = min(job.rows, max(job.layout.pp, 2))  # two tell what a row costs from what a step costs
     T, H, W = shape
     return replace(job, row=Row(((shape, text),), T * H * W), rows=rows, kernels=False)
 
@@ -66,19 +67,39 @@ def dry_run(config: Config, job: Job, rank: int = 0) -> DryRun:
         nearest = replace(job.layout, zero=1)
         raise ConfigError(f"parallel.layout={job.layout}: DDP does not take fake tensors; nearest is {nearest}")
     with fake_processes(job, rank) as group, FakeTensorMode(allow_non_fake_inputs=True):
-        engine = TorchNative(
-            partial(undrawn, job), 0, group, ParallelConfig(recompute=job.policy),
-            EngineConfig(precision=job.precision), job.optim, PLANS.get(job.model.family, []),
-        )  # fmt: skip
-        null = Text(torch.zeros(1, job.model.text_width), torch.zeros(job.model.pooled_width))
-        recipe = build_recipe(config, group, LatentFacts({}, null), config.stages[-1], 0)
-        rows = [micro_batch(job) for _ in range(job.rows)]
+        step = build_step(config, job, group, partial(undrawn, job))
         with watching() as watch:
-            engine.forward_backward(rows, training_loss(recipe))
+            step.forward_backward()
             peak = watch.peak()
-            engine.clip()
-            engine.update(1e-4)
-        return compare(job, group, engine, watch, peak)
+            step.update()
+        return compare(job, group, step.engine, watch, peak)
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """One rank of a job, and its rows of a step."""
+
+    engine: TorchNative
+    rows: list[MicroBatch]
+    loss: Callable[..., Tensor]
+
+    def forward_backward(self) -> None:
+        self.engine.forward_backward(self.rows, self.loss)
+
+    def update(self) -> None:
+        self.engine.clip()
+        self.engine.update(1e-4)
+
+
+def build_step(config: Config, job: Job, group: Processes, build: Callable[[], Model[Any]]) -> OneStep:
+    """Of a job whose rows have one sample each."""
+    engine = TorchNative(
+        build, 0, group, ParallelConfig(recompute=job.policy), EngineConfig(precision=job.precision), job.optim,
+        PLANS.get(job.model.family, []),
+    )  # fmt: skip
+    null = Text(torch.zeros(1, job.model.text_width), torch.zeros(job.model.pooled_width))
+    recipe = build_recipe(config, group, LatentFacts({}, null), config.stages[-1], 0)
+    return OneStep(engine, [micro_batch(job) for _ in range(job.rows)], training_loss(recipe))
 
 
 def undrawn(job: Job) -> Any:

@@ -107,7 +107,9 @@ def split_dim(family: str, name: str) -> int | None:
     module, _, kind = name.rpartition(".")
     for pattern, style in PLANS.get(family, []):
         if re.fullmatch(pattern, module):
-            return (1 if kind == "weight" else None) if style == "row" else 0
+            if style == "row":
+                return 1 if kind == "weight" else None
+            return None if style == "heads" else 0
     return None
 
 

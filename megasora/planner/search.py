@@ -33,7 +33,7 @@ def divisors(n: int) -> list[int]:
 
 
 def layouts(world: int, node: int, model: Any) -> Iterator[Layout]:
-    """Of so many devices: tensor groups within a node, at most so many heads and blocks as there are."""
+    """Of so many devices: tensor and Ulysses groups within a node, at most so many heads and blocks as there are."""
     for tp in (d for d in divisors(world) if d <= node):
         for pp in (d for d in divisors(world // tp) if d <= blocks_of(model) and d <= 32):
             for ulysses in (d for d in divisors(world // tp // pp) if tp * d <= model.heads):
@@ -65,7 +65,7 @@ def search(
     found = []
     for layout in layouts(world, device.node, model):
         try:
-            check_layout(model, layout)
+            check_layout(model, layout, device.node)
         except ConfigError:
             continue
         found.append(best_policy(make, layout, device, policies))

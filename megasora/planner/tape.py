@@ -251,7 +251,7 @@ class Tape:
             pair = 2 * rows * width * q.bytes
             self.calls += [("send", "ring", place.ring, pair)] * (place.ring - 1)
             self.backward_calls += [("send", "ring", place.ring, pair)] * (place.ring - 1)
-            self.backward_calls += [("send", "ring", place.ring, 2 * rows * width * FLOAT)] * place.ring
+            self.backward_calls += [("send", "ring", place.ring, 2 * rows * width * FLOAT)] * (place.ring - 1)
         if place.ulysses > 1 or place.apart or pieces > 1 or copies:
             out = Value(q.rows, q.width, q.bytes)
             if place.ulysses > 1:

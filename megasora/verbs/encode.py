@@ -27,11 +27,12 @@ from data_pipelines.shards import ShardSet
 from megasora.cli import add_config_argument
 from megasora.cluster.signals import ended_by_warning
 from megasora.config import load_config
+from megasora.device import pick_device
 from megasora.encoders import NULL_TEXT, make_encoders, null_text_bytes, open_stage, open_text, text_directory
 from megasora.models.text import SmallTextEncoder, TextEncoder
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
-from megasora.parallel.mesh import pick_device, rank
+from megasora.parallel.mesh import rank
 from megasora.schema import Config
 
 TEXT_WIDTH = 128  # of the small encoder, where the model takes no text

@@ -16,6 +16,7 @@ examples:
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
             log_dir=_log_dir(args.command),
             pending=pending,
         )
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the work is over: a late warning does not change its code
     raise SystemExit(code)
 
 

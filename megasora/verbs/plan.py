@@ -20,6 +20,7 @@ from megasora.errors import CheckFailed, ConfigError
 from megasora.models.families import PRESETS, parameter_count
 from megasora.observe.hardware import DEVICES
 from megasora.parallel.layout import Layout, parse_layout
+from megasora.parallel.plan import check_layout
 from megasora.planner.dry_run import DryRun, dry_run
 from megasora.planner.job import Job, Recompute
 from megasora.planner.mixture import Mixture, find_mixture
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--world={layout.world}: no layout of so many {device.name}s fits; try --fewest")
         report_search(args, candidates, mixture, config)
         return
+    check_layout(config.model, layout, None if config.parallel.across_nodes else device.node)
     job, steps = make(layout, recompute, every)
     if args.dry_run:
         report_dry_run(args, dry_run(config, job, args.rank))

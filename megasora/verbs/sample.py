@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megasora.build import build_engine, check_rollout, find_objective
+from megasora.build import build_engine, check_rollout, find_objective, node_of
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.cli import add_config_argument
 from megasora.config import load_config
+from megasora.device import pick_device
 from megasora.encoders import open_encoders
 from megasora.engines.torch_native import EngineConfig
 from megasora.errors import CheckpointError, ConfigError
@@ -30,7 +31,7 @@ from megasora.models.first_stage import FirstStage
 from megasora.observe.hardware import peak_memory
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
-from megasora.parallel.mesh import Processes, on_main, pick_device, processes, rank, world_size
+from megasora.parallel.mesh import Processes, on_main, processes, rank, world_size
 from megasora.parallel.plan import check_layout
 from megasora.rendering import first_shape, make_prompts, render, write_sheet, write_video
 from megasora.sampling import Generator, turns
@@ -62,7 +63,7 @@ def sample(config: Config) -> list[Path]:
         raise ConfigError(f"model.family={config.model.family}: a classifier makes no videos")
     # A layout is for the processes that train; one process alone samples from any checkpoint.
     with processes(config.parallel.layout if world_size() > 1 else "dp1") as group, Progress("sample") as progress:
-        check_layout(config.model, group.layout)
+        check_layout(config.model, group.layout, node_of(config))
         check_rollout(config, group)
         stage, text = open_encoders(config.encode, config.data.latents_at, group.device)
         prompts = make_prompts(wanted, text)

@@ -25,11 +25,11 @@ from data_pipelines.video import decode
 from data_pipelines.video_reader import Undecodable
 from megasora.cli import add_config_argument
 from megasora.config import load_config
+from megasora.device import pick_device
 from megasora.errors import ConfigError
 from megasora.models.vae import VideoVAE
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
-from megasora.parallel.mesh import pick_device
 from megasora.schema import Config
 from megasora.seeding import fold
 from megasora.vae_training import train_vae

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.kernel_cases import CASES, Case, errors, evaluate, excess
+from megasora_kernels.cases import CASES, Case, errors, evaluate, excess
 
 pytestmark = [
     pytest.mark.gpu,

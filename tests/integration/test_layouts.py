@@ -1,6 +1,9 @@
 """The trainer on other layouts than data parallelism, and `megasora parity`."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 
 from data_pipelines.video import decode
 from megasora.observe.metrics import EVENTS, history
-from tests.integration.conftest import Road
+from tests.integration.conftest import Road, environment
 
 
 def losses(road: Road, run: str) -> list[float]:
@@ -44,7 +47,14 @@ def alone(road: Road) -> list[float]:
     return losses(road, "layout-alone")
 
 
-@pytest.mark.parametrize(("name", "layout"), [("tp2", "dp1,tp2"), ("cp2", "dp1,cp2:dynamic,zero2"), ("pp2", "pp2,dp1")])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param("tp2", "dp1,tp2", marks=pytest.mark.long),
+        ("cp2", "dp1,cp2:dynamic,zero2"),
+        ("pp2", "pp2,dp1"),
+    ],
+)
 def test_training_on_another_layout_and_back(name: str, layout: str, road: Road, alone: list[float]) -> None:
     run = road.directory / f"layout-{name}"
     road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *STEPS, nproc=2)
@@ -56,7 +66,7 @@ def test_training_on_another_layout_and_back(name: str, layout: str, road: Road,
     assert losses(road, run.name) == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2,zero2"])
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("dp2,zero2", marks=pytest.mark.long)])
 @pytest.mark.usefixtures("alone")
 def test_samples_of_several_processes(layout: str, road: Road) -> None:
     run, made = f"--run.dir={road.directory / 'layout-alone'}", {}
@@ -69,6 +79,45 @@ def test_samples_of_several_processes(layout: str, road: Road) -> None:
     for alone, together in zip(made[1], made[2], strict=True):
         assert np.abs(alone - together).mean() < 0.1 < alone.std()
     assert np.abs(made[1][0] - made[1][1]).mean() > 1
+
+
+def on_two_nodes(road: Road, *overrides: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of each of two launchers with one process, which take themselves for nodes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        sys.executable, "-m", "megasora", "launch", "local", "--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", endpoint,
+        "--local-addr", "127.0.0.1", "train", "--config", str(road.config), "--parallel.layout=tp2", *STEPS, *overrides,
+    ]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            command, cwd=road.directory, text=True, env=environment() | {"SLURMD_NODENAME": name},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for name in ("a", "b")
+    ]  # fmt: skip
+    said = [node.communicate(timeout=200)[1] for node in nodes]
+    return [(node.returncode, err) for node, err in zip(nodes, said, strict=True)]
+
+
+def test_a_tensor_group_stays_in_a_node_unless_told(road: Road) -> None:
+    run = road.directory / "layout-nodes"
+    (code, one), (other_code, other) = on_two_nodes(road, f"--run.dir={run}")
+    assert (code, other_code, run.exists()) == (2, 2, False)
+    assert "goes beyond nodes of 1 processes (parallel.across_nodes=true allows it); nearest is dp2" in one + other
+    (code, one), (other_code, other) = on_two_nodes(
+        road,
+        f"--run.dir={run}",
+        "--parallel.across_nodes=true",
+        "--run.steps=2",
+        "--stages.0.steps=2",
+        "--eval.every=0",
+    )
+    assert (code, other_code) == (0, 0), one + other
+    started = json.loads((run / EVENTS).read_text().splitlines()[0])
+    assert sorted(started["nodes"].items()) in ([("a", "0"), ("b", "1")], [("a", "1"), ("b", "0")])
+    assert "between nodes: tp" in one + other
 
 
 HUNDRED = (

@@ -97,7 +97,7 @@ def test_two_nodes_train_as_one_machine_does(
 def test_preempted_requeued_and_resumed_is_identical(
     road: Road, cluster: Cluster, launch: Callable[..., str], two: Path
 ) -> None:
-    run = road.directory / "preempted"
+    run = road.directory / "preempted_in_slurm"
     job = launch("train", f"--run.dir={run}", nodes=2, nproc=1)
     wait_for_step(cluster, job, run, 13)
     cluster.command("scancel", "--signal=USR1", "--batch", job)

@@ -84,6 +84,7 @@ def test_one_and_two_processes_have_the_same_losses(road: Road, straight: Path) 
             assert (pair["world"], pair["layout"]) == (2, layout)
 
 
+@pytest.mark.long  # the matrix of layouts has shorter ones
 def test_another_layout_goes_on_with_the_same_run(road: Road, straight: Path) -> None:
     run = road.directory / "moved"
     road.run("train", f"--run.dir={run}", "--run.steps=20", "--parallel.layout=dp2,zero3", nproc=2)
@@ -96,7 +97,7 @@ def test_another_layout_goes_on_with_the_same_run(road: Road, straight: Path) ->
 def test_a_signal_saves_and_exits_75(road: Road, straight: Path, wait_for_step: Wait) -> None:
     run = road.directory / "preempted"
     process = road.start("train", f"--run.dir={run}", nproc=2)
-    wait_for_step(run, 13, process)
+    wait_for_step(run, 2, process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err

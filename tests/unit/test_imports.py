@@ -31,7 +31,7 @@ LAYERS = [
     ("megasora.engines", "megasora.checkpoint", "megasora.observe", "megasora.cluster"),
     ("megasora.parallel", "megasora.diffusion"),
     ("megasora.models",),
-    ("megasora.seeding",),
+    ("megasora.seeding", "megasora.device"),
     ("megasora.errors",),
     ("megasora",),  # the version
     ("data_pipelines", "megasora_kernels"),

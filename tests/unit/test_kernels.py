@@ -19,11 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from megasora_kernels import gated, gated_layernorm, layernorm_modulate, qknorm_rope
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
-
-from tests.kernel_cases import (
+from megasora_kernels.cases import (
     CASES,
     Case,
     Inputs,
@@ -35,6 +31,10 @@ from tests.kernel_cases import (
     evaluate,
     excess,
 )
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
 from tests.seeded import with_bug
 from tests.triton_interpreter import interpreter_process
 

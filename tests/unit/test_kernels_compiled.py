@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from megasora_kernels import activation_fp8, flash_varlen, fp8_gemm, fp8_quantize, gated_layernorm, run_sums
+from megasora_kernels.cases import CASES, Inputs, draw_gated_layernorm, evaluate
 
 from megasora.models.families import PRESETS
-from tests.kernel_cases import CASES, Inputs, draw_gated_layernorm, evaluate
 from tests.seeded import with_bug
 from tests.triton_stub import Cost, compiled_by, faults, stub_process
 

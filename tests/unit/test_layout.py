@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from megasora.models.stdit import STDiTConfig
 from megasora.models.video_dit import VideoDiTConfig
 from megasora.models.vit import ViTConfig
 from megasora.parallel.layout import parse_layout
+from megasora.parallel.mesh import node_report
 from megasora.parallel.plan import check_layout
 
 
@@ -67,6 +69,44 @@ MODEL = VideoDiTConfig(width=96, heads=12, ffn=200)
 def test_layouts_that_a_model_cannot_be_spread_over(model: Any, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"parallel.layout=.*{said}"):
         check_layout(model, parse_layout(text))
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "said"),
+    [
+        (MODEL, "tp4", "goes beyond nodes of 2 processes (parallel.across_nodes=true allows it); nearest is dp2,tp2"),
+        (MODEL, "dp1,cp4,zero3", "nearest is dp1,cp2x2,zero3"),
+        (MODEL, "tp2,cp2", "tp x Ulysses = 4 .* nearest is dp1,cp1x2,tp2"),
+        (STDiTConfig(), "cp4", "nearest is dp2,cp2x1"),
+        (MODEL, "cp1x4:dynamic", "tp x cp:dynamic = 4 .* nearest is dp1,cp1x4$"),
+        (MODEL, "cp3,dp2", "tp x Ulysses = 3 .* nearest is dp2,cp1x3"),
+    ],
+)  # fmt: skip
+def test_what_speaks_in_every_block_stays_in_a_node(model: Any, text: str, said: str) -> None:
+    layout = parse_layout(text)
+    with pytest.raises(
+        ConfigError, match=f"^parallel.layout={layout}: .*{re.escape(said) if '(' in said else said}"
+    ) as refused:
+        check_layout(model, layout, node=2)
+    check_layout(model, layout)
+    nearest = parse_layout(str(refused.value).rpartition("nearest is ")[2])
+    check_layout(model, nearest, node=2)
+    assert nearest.world == layout.world
+
+
+@pytest.mark.parametrize("text", ["tp2,dp4", "cp2x4", "tp2,cp1x4", "pp4,dp2,tp2", "hsdp2x4", "cp2:dynamic,dp2"])
+def test_layouts_whose_groups_fit_a_node(text: str) -> None:
+    check_layout(MODEL, parse_layout(text), node=2)
+
+
+def test_ranks_and_their_nodes() -> None:
+    layout = parse_layout("pp2,dp2,cp2x2,tp2,zero3")
+    assert layout.world == 32
+    nodes = {"a": list(range(8)), "b": list(range(8, 24)), "c": list(range(24, 32))}
+    assert node_report(layout, nodes) == "ranks 0-7 -> a, 8-23 -> b, 24-31 -> c; between nodes: dp_shard, pp"
+    turns = {"a": [0, 2], "b": [1, 3]}
+    assert node_report(parse_layout("tp2,dp2"), turns) == "ranks 0 2 -> a, 1 3 -> b; between nodes: tp"
+    assert node_report(parse_layout("tp2"), {"a": [0, 1]}) == "ranks 0-1 -> a; between nodes: nothing"
 
 
 @pytest.mark.parametrize("text", ["tp2", "tp4,cp3", "cp12", "cp1x5", "dp3,zero3"])

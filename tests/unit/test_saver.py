@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
 from upath import UPath
@@ -185,26 +186,11 @@ def test_an_orphan_of_a_requeued_job_publishes_nothing(tmp_path: Path, monkeypat
     fence.release()
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """On a server that speaks S3."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    before = dict(os.environ)
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
-                   "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+@pytest.fixture
+def bucket(s3: str) -> str:
     name = f"run-{random.randrange(1 << 40):x}"
-    try:
-        boto3.client("s3").create_bucket(Bucket=name)
-        yield f"s3://{name}"
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        server.stop()
+    boto3.client("s3", endpoint_url=s3).create_bucket(Bucket=name)
+    return f"s3://{name}"
 
 
 @pytest.mark.parametrize("kind", ["s3", "memory", "directory"])

@@ -2,15 +2,12 @@
 
 import functools
 import http.server
-import os
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.index import index_directory
@@ -29,24 +26,6 @@ def write(directory: Path) -> None:
         for i in range(SAMPLES):
             facts = {"kind": "video", "frames": 17 + i, "fps": 24.0, "height": 64, "width": 96}
             writer.write({"__key__": f"s{i:03d}", "mp4": content(i), "txt": "a caption", "json": facts})
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of a server that speaks S3; its clients find it by the environment."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    before = dict(os.environ)
-    os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
-                   "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
-    try:
-        yield endpoint
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        server.stop()
 
 
 @pytest.fixture

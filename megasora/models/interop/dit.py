@@ -87,3 +87,13 @@ def to_diffusers(config: DiTConfig, side: int) -> dict[str, Any]:
         "norm_elementwise_affine": False,
         "norm_eps": 1e-6,
     }
+
+
+def config_of(facts: dict[str, Any]) -> DiTConfig:
+    """Our config for the arguments of theirs."""
+    width, p = facts["num_attention_heads"] * facts["attention_head_dim"], facts["patch_size"]
+    return DiTConfig(
+        width=width, depth=facts["num_layers"], heads=facts["num_attention_heads"], ffn=4 * width,
+        channels=facts["in_channels"], patch=(1, p, p), learn_sigma=facts["out_channels"] == 2 * facts["in_channels"],
+        classes=facts["num_embeds_ada_norm"], time_period=DIFFUSERS_TIME_PERIOD,
+    )  # fmt: skip

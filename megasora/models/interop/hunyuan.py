@@ -66,6 +66,18 @@ def to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
     }
 
 
+def config_of(facts: dict[str, Any]) -> MMDiTConfig:
+    """Our config for the arguments of HunyuanVideoTransformer3DModel."""
+    width = facts["num_attention_heads"] * facts["attention_head_dim"]
+    return MMDiTConfig(
+        width=width, depth=facts["num_layers"], single_depth=facts["num_single_layers"], heads=facts["num_attention_heads"],
+        ffn=round(facts["mlp_ratio"] * width), channels=facts["in_channels"],
+        patch=(facts["patch_size_t"], facts["patch_size"], facts["patch_size"]), text_width=facts["text_embed_dim"],
+        pooled_width=facts["pooled_projection_dim"], axes=tuple(facts["rope_axes_dim"]), theta=facts["rope_theta"],
+        text="refiner", refiner_depth=facts["num_refiner_layers"], guidance_embed=facts["guidance_embeds"],
+    )  # fmt: skip
+
+
 def swap_halves() -> Change:
     """They say scale, then shift; we shift, then scale."""
 

@@ -93,3 +93,14 @@ def to_diffusers(config: STDiTConfig, frames: int = 16) -> dict[str, Any]:
         "caption_channels": config.text_width,
         "video_length": frames,
     }
+
+
+def config_of(facts: dict[str, Any]) -> STDiTConfig:
+    """Our config for the arguments of theirs."""
+    width, p = facts["num_attention_heads"] * facts["attention_head_dim"], facts["patch_size"]
+    return STDiTConfig(
+        width=width, depth=facts["num_layers"], heads=facts["num_attention_heads"], ffn=4 * width,
+        channels=facts["in_channels"], patch=(1, p, p), learn_sigma=facts["out_channels"] == 2 * facts["in_channels"],
+        text_width=facts["caption_channels"], base_size=facts["sample_size"] // p, qk_norm=False, time_position="sincos",
+        time_text=False, fps_condition=False, area_scale=False,
+    )  # fmt: skip

@@ -47,3 +47,12 @@ def to_diffusers(config: VideoDiTConfig) -> dict[str, Any]:
         "eps": config.eps,
         "rope_max_seq_len": 1024,
     }
+
+
+def config_of(facts: dict[str, Any]) -> VideoDiTConfig:
+    """Our config for the arguments of theirs."""
+    return VideoDiTConfig(
+        width=facts["num_attention_heads"] * facts["attention_head_dim"], depth=facts["num_layers"],
+        heads=facts["num_attention_heads"], ffn=facts["ffn_dim"], channels=facts["in_channels"],
+        patch=tuple(facts["patch_size"]), text_width=facts["text_dim"], eps=facts["eps"],
+    )  # fmt: skip
