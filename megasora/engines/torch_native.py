@@ -22,6 +22,7 @@ from megasora.models.base import Model
 from megasora.models.packing import PackedRow
 from megasora.parallel.compiled import compile_blocks
 from megasora.parallel.context import ContextAttention
+from megasora.parallel.context_operator import ContextOperator
 from megasora.parallel.fp8 import FP8, fp8_context, fp8_tensors, to_fp8
 from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import Processes
@@ -135,7 +136,8 @@ class TorchNative:
         if parallel.compile:
             model.attention = as_operator(model.attention)
         if layout.cp > 1:
-            model.attention = ContextAttention(model.attention, processes.contexts)
+            kind = ContextOperator if parallel.compile else ContextAttention
+            model.attention = kind(model.attention, processes.contexts)
         if layout.tp > 1:
             split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
         to_fp8(model, config.fp8, config.fp8_gather)

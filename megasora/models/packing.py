@@ -18,6 +18,11 @@ Patch = tuple[int, int, int]
 Shape = tuple[int, int, int]  # T, H, W
 
 
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device, which nothing waits for: that takes pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass(frozen=True)
 class Segments:
     """Which tokens of a row belong together. Lengths stay on the host, so that nothing waits for the device.
@@ -49,6 +54,11 @@ class Segments:
         """[L] int64: the segment of each token."""
         lengths = torch.tensor(self.lengths, device=self.device)
         return torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths, output_size=self.total)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """[P, S] int64 on the host: `peers`."""
+        return torch.tensor(self.peers)
 
     @cached_property
     def spans(self) -> Tensor:

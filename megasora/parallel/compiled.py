@@ -44,6 +44,8 @@ def make_ready(value: Any, fixed: tuple[int, ...]) -> None:
     from row to row: all but the `fixed`."""
     if isinstance(value, Segments | Windows):
         mark_unbacked(value.spans, 1)
+        if isinstance(value, Segments) and value.peers:
+            mark_unbacked(value.shares, 1)
     elif isinstance(value, tuple):
         for part in value:
             make_ready(part, fixed)
