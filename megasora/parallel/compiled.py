@@ -23,6 +23,8 @@ FREE = ("text", "time", "modulation", "condition", "pooled")  # fields with a li
 def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Blocks compile themselves when they are first called, as they are then: split, and with what they compute again."""
     torch._dynamo.config.optimize_ddp = False  # it would cut graphs at the buckets of DDP
+    # A `Gather` lets go of what it holds before the block ends, so there is nothing to do again in the backward pass.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for block in blocks:
         block.forward = partial(call, torch.compile(block.forward, backend=backend), block.forward)
 
