@@ -28,7 +28,7 @@ from megasora.models.layers import (
     timestep_embedding,
     together,
 )
-from megasora.models.packing import PackedRow, Segments, Shape
+from megasora.models.packing import PackedRow, Segments, Shape, on_device
 from megasora.models.token_refiner import TokenRefiner
 
 Lengths = tuple[int, ...]
@@ -187,8 +187,8 @@ def by_sample(texts: Sequence[Lengths], videos: Sequence[Lengths], device: torch
     if not padding and present == sorted(present):
         return None
     tokens = sum(counts)
-    sizes = torch.tensor(counts, device=device)
-    place = torch.repeat_interleave(torch.tensor(places, device=device), sizes, output_size=tokens)
+    sizes = on_device(counts, device)
+    place = torch.repeat_interleave(on_device(places, device), sizes, output_size=tokens)
     return place.argsort(stable=True)[: tokens - padding]
 
 

@@ -62,8 +62,10 @@ CASES: dict[int, Cases] = {
     2: {("video_dit", "dp2,zero3@full"): 1, ("video_dit", "tp2"): 1},
 }
 MORE: dict[int, Cases] = {
-    1: {("stdit", "dp1"): 1, ("dit", "dp1"): 1, ("chunks", "dp1@full"): 1, ("refiner", "dp1@selective"): 4, ("video_dit", "dp1@every2"): 2},
-    2: {("video_dit", "dp2"): 1, ("video_dit", "cp2x1"): 1, ("video_dit", "tp2@selective"): 1, ("video_dit", "cp1x2@full"): 1,
+    1: {("stdit", "dp1"): 1, ("dit", "dp1"): 1, ("chunks", "dp1@full"): 1, ("refiner", "dp1@selective"): 4,
+        ("video_dit", "dp1@every2"): 2},
+    2: {("video_dit", "dp2"): 1, ("video_dit", "cp2x1"): 1, ("video_dit", "tp2@selective"): 1,
+        ("video_dit", "cp1x2@full"): 1,
         ("video_dit", "cp2:dynamic"): 2, ("video_dit", "tp2:nosp"): 1, ("mmdit", "tp2@full"): 4, ("stdit", "tp2@full"): 1,
         ("stdit", "cp2x1"): 1, ("chunks", "cp2x1"): 1, ("refiner", "cp2x1"): 4, ("dit", "dp2,zero1"): 1,
         ("deep", "pp2:interleaved"): 1},
