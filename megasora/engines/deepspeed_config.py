@@ -97,6 +97,8 @@ def check_engine(
             "parallel.recompute=selective: with zero3 engine=deepspeed gathers weights inside what is repeated, which torch "
             "takes for another computation; use full"
         )
+    if parallel.compile:
+        raise ConfigError("parallel.compile=true: belongs to engine=torch_native; use false")
     if optim.name == "muon":
         raise ConfigError("optim.name=muon: engine=deepspeed owns flat stretches of matrices; use adamw")
     if precision.fp8 != "none":

@@ -36,7 +36,7 @@ from megasora.parallel.context import ContextAttention
 from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import Processes
 from megasora.parallel.plan import split_dim
-from megasora.parallel.remat import recompute
+from megasora.parallel.remat import offload, recompute
 from megasora.parallel.tensor import Style
 from megasora.parallel.zero import all_reduce_together
 
@@ -87,7 +87,9 @@ class DeepSpeedZero:
 
             applied = apply_plan(model, plan, processes)
             self.splits, self.partial = applied.splits, applied.partial
-        recompute(model.blocks.children(), parallel.recompute, parallel.offload)
+        recompute(model.blocks.children(), parallel.recompute)
+        if parallel.offload:
+            offload(model.blocks.children())
         model.to_empty(device="cpu" if self.stage == 3 else device)  # zero3 takes a parameter at a time from the host
         if layout.tp > 1:
             mark_splits(model, self.splits)

@@ -19,6 +19,7 @@ class ParallelConfig:
     layout: str = "auto"
     recompute: str = "none"
     offload: bool = False  # what blocks keep waits in the host's memory
+    compile: bool = False  # blocks by torch.compile
     across_nodes: bool = False  # tp and Ulysses may be wider than a node
 
     def __post_init__(self) -> None:

@@ -122,6 +122,7 @@ def test_what_it_refuses_names_what_works() -> None:
     assert "optim.name=muon" in refusal("dp2,zero1", optim=OptimConfig(name="muon"))
     assert "precision.fp8=row" in refusal("dp2,zero1", precision=EngineConfig(precision="bf16", fp8="row"))
     assert "selective" in refusal("dp2,zero3", parallel=ParallelConfig(recompute="selective"))
+    assert refusal("dp2,zero1", parallel=ParallelConfig(compile=True)).startswith("parallel.compile=true: belongs to")
 
 
 @pytest.mark.usefixtures("installed")
