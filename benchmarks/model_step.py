@@ -23,12 +23,14 @@ import torch
 from torch import nn
 
 from megasora.device import pick_device
+from megasora.models.attention_operator import as_operator
 from megasora.models.flops import forward_macs
 from megasora.models.interop import wan
 from megasora.models.interop.names import import_weights
 from megasora.models.packing import Item, in_patches, pack, patchify
 from megasora.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
 from megasora.observe.hardware import peak_memory, synchronize
+from megasora.parallel.compiled import compile_blocks
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,10 @@ def build(
         "encoder_hidden_states": text[None].to(dtype),
     }
     if compiled:
-        for model in (ours, theirs):
-            for block in model.blocks:
-                block.compile()
+        ours.attention = as_operator(ours.attention)
+        compile_blocks(ours.blocks)
+        for block in theirs.blocks:
+            block.compile()
 
     def our_step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipelines.buckets import buckets_of
-from megasora.checkpoint.convert import Contents, write_safetensors
+from megasora.checkpoint.contents import Contents
+from megasora.checkpoint.convert import write_safetensors
 from megasora.checkpoint.manifest import write_json
 from megasora.checkpoint.metadata import SavedTensor
 from megasora.config import parse_config

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megasora.checkpoint.convert import open_checkpoint
+from megasora.checkpoint.contents import open_checkpoint
 from megasora.checkpoint.load import load
 from megasora.checkpoint.manifest import MANIFEST, Place
 from megasora.checkpoint.ranks import Ranks

@@ -17,7 +17,7 @@ from data_pipelines.loader import Sample, StepBatch
 from megasora.diffusion.conditioning import draw_mask
 from megasora.diffusion.flow import FlowConfig, size_shift
 from megasora.diffusion.objective import Objective
-from megasora.models.packing import Item, PackedRow, Patch, Shape, in_patches, pack, patchify, stretch
+from megasora.models.packing import Item, PackedRow, Patch, Shape, in_patches, on_device, pack, patchify, stretch
 from megasora.models.text import Text
 from megasora.seeding import generator, normal
 
@@ -74,7 +74,7 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
         name = (recipe.seed, recipe.segment, sample.position)
         latent = sample.latent
         mean, logvar, tokens, pooled = (
-            tensor.to(recipe.device, torch.float32, non_blocking=True)
+            on_device(tensor, recipe.device).float()  # as it was stored: `to` would convert it on the host
             for tensor in (latent.mean, latent.logvar, latent.text, latent.pooled)
         )
         clean = mean + torch.exp(0.5 * logvar) * normal(tuple(mean.shape), "posterior", *name, device=recipe.device)
@@ -83,8 +83,8 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
         blur = normal(tuple(mean.shape), "noise", *name, device=recipe.device)
         noisy = clean
         if recipe.objective is not None:
-            t = timesteps.to(recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)  # [T, 1, 1]
-            kept = given.to(recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)
+            t = on_device(timesteps, recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)  # [T, 1, 1]
+            kept = on_device(given, recipe.device).repeat_interleave(recipe.patch[0]).view(-1, 1, 1)
             noisy = torch.where(kept, clean, recipe.objective.corrupt(clean, blur, t))
         dropped = drops_caption(recipe, name)
         text = recipe.null if dropped else Text(tokens, pooled)
@@ -93,16 +93,16 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
                 patchify(noisy, recipe.patch),
                 shape,
                 timesteps,
-                text.tokens.to(recipe.device),
-                text.pooled.to(recipe.device),
+                on_device(text.tokens, recipe.device),
+                on_device(text.pooled, recipe.device),
                 fps=latent.fps,
                 label=-1 if dropped else latent.label,
             )
         )
         data.append(patchify(clean, recipe.patch))
         noise.append(patchify(blur, recipe.patch))
-        learned = (~given).repeat_interleave(shape[1] * shape[2]).to(recipe.device)  # [L]
-        weights.append(learned / (learned.sum() * recipe.global_batch))
+        learned = (~given).repeat_interleave(shape[1] * shape[2])  # [L]
+        weights.append(on_device(learned / (learned.sum() * recipe.global_batch), recipe.device))
     row = pack(items, length)
     padding = length - sum(map(len, data))
     if recipe.objective is None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
+from megasora.checkpoint.contents import fill, form_of, open_checkpoint
 from megasora.checkpoint.directory import list_checkpoints
 from megasora.checkpoint.load import load, read_facts, resume_path
 from megasora.checkpoint.manifest import MANIFEST, Place, Problem, place_of, write_file
+from megasora.checkpoint.ranks import Ranks
 from megasora.config import flatten, to_dict
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckpointError, ConfigError
@@ -78,11 +80,21 @@ def load_start(start: Start, config: Config, engine: Engine) -> None:
         log.warning("passing over %s: %s: %s", path, problems[0].file, problems[0].reason)
     if start.source is not None:
         engine.materialise_optimizer()
-        load(start.source, engine.tensors(), verified=True)
+        if form_of(start.source) == "sharded":
+            load(start.source, engine.tensors(), verified=True)
+        else:
+            fill_from(start.source, engine)
         engine.loaded()
     elif config.run.init_from:
         init_from(place_of(config.run.init_from), config, engine, Path(config.run.dir))
         engine.loaded()
+
+
+def fill_from(path: Place, engine: Engine) -> None:
+    """A checkpoint of another form, verified already. All ranks call it, each reads whole tensors."""
+    ranks = Ranks()
+    source = ranks.every(f"loading {path}", lambda: open_checkpoint(path, verified=True))
+    ranks.every(f"loading {path}", lambda: fill(engine.tensors(), source))
 
 
 def check_same_run(facts: dict[str, Any], config: Config, data: TrainingData, path: Place) -> bool:

@@ -20,6 +20,7 @@ from megasora.checkpoint.directory import latest
 from megasora.checkpoint.fence import take_fence
 from megasora.checkpoint.load import load, resume_path
 from megasora.checkpoint.ranks import Ranks
+from megasora.checkpoint.save import prune
 from megasora.checkpoint.saver import Saver
 from megasora.cluster.heartbeat import Heartbeat, heartbeat
 from megasora.cluster.origin import node_name, origin
@@ -272,6 +273,11 @@ class Trainer:
         }  # fmt: skip
         try:
             self.saver.start(self.step, self.engine.tensors(), facts)
+            check = self.fence.check if self.fence else lambda: None
+            own = self.engine.save_own(self.run_dir / "deepspeed", self.step, facts, check)
+            if own is not None:
+                prune(own.parent, self.config.checkpoint)
+                self.event("save_own", step=self.step, path=str(own))
         except CheckpointError as error:
             self.not_saved(error)
         if not self.config.checkpoint.background and self.saver.step is not None:

@@ -1,5 +1,7 @@
 """A library's attention as a ring of ranks uses it, held to fp64: what the tests on a CPU and those on a GPU share."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ from megasora.models.flash import Flash
 def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("lnk,mnk->lnm", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("lnm,mnk->lnk", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def one(kernel: Any, *tensors: Tensor) -> Any:
+    """A kernel over several sequences, given one."""
+    return [t[0] for t in kernel(*(t[None] for t in tensors))]
 
 
 def errors_in_parts(
@@ -27,11 +34,11 @@ def errors_in_parts(
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     expected, lse = plain(*exact)
     gradients = torch.autograd.grad(expected, exact, grad.double())
-    parts = [flash.forward(q, k[a:b], v[a:b]) for a, b in cuts]
+    parts = [one(flash.forward, q, k[a:b], v[a:b]) for a, b in cuts]
     total = torch.logaddexp(parts[0][1], parts[1][1])
     out = sum(part.float() * torch.exp(part_lse - total)[..., None] for part, part_lse in parts)
     known = out.to(dtype).contiguous(), total.contiguous()
-    found = [flash.backward(grad, q, k[a:b], v[a:b], *known) for a, b in cuts]
+    found = [one(flash.backward, grad, q, k[a:b], v[a:b], *known) for a, b in cuts]
     dq = found[0][0].float() + found[1][0].float()
     dk, dv = (torch.cat([found[0][i], found[1][i]]) for i in (1, 2))
     pairs = zip((out, total, dq, dk, dv), (expected, lse, *gradients), strict=True)

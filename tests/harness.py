@@ -28,6 +28,15 @@ def _worker(rank: int, world: int, store: str, func: Callable[..., Any], args: t
         raise
 
 
+def forget_groups() -> None:
+    """Ends all process groups but the one of all ranks. Each has threads that look for work a hundred times a second: after some
+    dozens of cases in one set of processes those are all that a small machine does. All ranks call it."""
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def run_distributed(func: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Calls `func(*args)` on `world` processes joined by gloo; returns every rank's result, in order of rank.
 

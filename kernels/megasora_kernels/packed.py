@@ -39,22 +39,61 @@ def spread(values: Tensor, sample: Tensor) -> Tensor:
     """
     if sample.is_cuda:
         return values.index_select(0, sample)
+    if torch.compiler.is_compiling():
+        return _spread(values, sample)
     if len(values) == 1:
         return values.expand(len(sample), -1)
     if isinstance(sample, FakeTensor):
         return values.index_select(0, sample)
-    lengths = torch.bincount(sample, minlength=len(values)).tolist()
-    return torch.cat([row.expand(n, -1) for row, n in zip(values, lengths, strict=True)])
+    return torch.cat([row.expand(n, -1) for row, n in zip(values, lengths_of(values, sample), strict=True)])
+
+
+def lengths_of(values: Tensor, sample: Tensor) -> list[int]:
+    """How many tokens each sample has."""
+    lengths: list[int] = torch.bincount(sample, minlength=len(values)).tolist()
+    return lengths
+
+
+@torch.library.custom_op("megasora_kernels::spread", mutates_args=())
+def _spread(values: Tensor, sample: Tensor) -> Tensor:
+    """`spread` on a CPU as torch.compile calls it: the lengths are no part of a graph."""
+    return values.index_select(0, sample)
+
+
+@torch.library.custom_op("megasora_kernels::spread_backward", mutates_args=())
+def _gather(grad: Tensor, values: Tensor, sample: Tensor) -> Tensor:
+    return torch.stack([part.sum(0) for part in grad.split(lengths_of(values, sample))])
+
+
+@_spread.register_fake
+def _(values: Tensor, sample: Tensor) -> Tensor:
+    return values.new_empty(sample.shape[0], values.shape[1])
+
+
+@_gather.register_fake
+def _(grad: Tensor, values: Tensor, _sample: Tensor) -> Tensor:
+    return grad.new_empty(values.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _gather(grad, *ctx.saved_tensors), None
+
+
+_spread.register_autograd(_differentiate, setup_context=_save)
 
 
 def check_row(tokens: dict[str, Tensor], modulations: dict[str, Tensor], sample: Tensor) -> None:
     """Raises ValueError unless all `tokens` are [L, D], all `modulations` [S, D] fp32 (fp64 where the first tokens are), and
     `sample` is [L] int32 or int64."""
-    x = next(iter(tokens.values()))
+    x, first = next(iter(tokens.values())), next(iter(modulations.values()))
     wanted = torch.promote_types(x.dtype, torch.float32)
     together = {**tokens, **modulations}
     fit = x.ndim == 2 and all(t.shape == x.shape for t in tokens.values())
-    fit = fit and len({t.shape for t in modulations.values()}) == 1
+    fit = fit and all(t.shape == first.shape for t in modulations.values())
     if not fit or any(t.ndim != 2 or t.shape[1] != x.shape[1] for t in modulations.values()):
         shapes = ", ".join(f"{name} {[*t.shape]}" for name, t in together.items())
         raise ValueError(f"{' and '.join(tokens)} [L, D], {' and '.join(modulations)} [S, D] do not fit: {shapes}")

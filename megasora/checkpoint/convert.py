@@ -1,101 +1,30 @@
-"""Checkpoints in other forms, a tensor at a time: consolidated safetensors and back, the difference of two, the mean of several.
+"""Checkpoints in other forms, a tensor at a time: consolidated safetensors, DeepSpeed's universal form, and back; the difference
+of two, the mean of several.
 
 A consolidated checkpoint is a directory with `model.safetensors`, `ema.safetensors`, `optim.safetensors` (where there is such a
 part), the facts and a manifest: it verifies like any other.
 """
 
 import json
+import shutil
 import struct
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
-from safetensors import safe_open
-from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch import Tensor, uint8
 
-from megasora.checkpoint.load import read_facts
-from megasora.checkpoint.manifest import (
-    FACTS,
-    FileSum,
-    Manifest,
-    Place,
-    damage,
-    read_manifest,
-    sync_directory,
-    verify,
-    write_json,
-    write_manifest,
-)
-from megasora.checkpoint.metadata import METADATA, CheckedReader, SavedTensor, read_metadata, saved_tensors
-from megasora.checkpoint.save import save
+from megasora.checkpoint.contents import PARTS, TYPES, Contents
+from megasora.checkpoint.deepspeed_files import write_universal
+from megasora.checkpoint.directory import begin
+from megasora.checkpoint.manifest import FACTS, FileSum, Manifest, sync_directory, write_json, write_manifest
+from megasora.checkpoint.metadata import SavedTensor
+from megasora.checkpoint.save import save, seal
 from megasora.errors import CheckpointError
-
-PARTS = ("model", "ema", "optim")
-_TYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Contents:
-    """An opened checkpoint, sharded or consolidated: what it holds, and each tensor on demand."""
-
-    path: Place
-    facts: dict[str, Any]
-    tensors: dict[str, SavedTensor]
-    read: Callable[[str], Tensor]
-
-
-def open_checkpoint(path: Place) -> Contents:
-    """Verifies it first. CheckpointError if it is damaged or none."""
-    problems = verify(path)
-    if problems:
-        raise damage(path, problems)
-    if is_sharded(path):
-        return _open_sharded(path)
-    files = read_manifest(path).files
-    if not isinstance(path, Path):
-        raise CheckpointError(f"{path}: a consolidated checkpoint is read from a local directory; copy it first")
-    opened = {part: safe_open(path / f"{part}.safetensors", "pt") for part in PARTS if f"{part}.safetensors" in files}
-    tensors = {}
-    for part, file in opened.items():
-        for name in file.keys():  # noqa: SIM118 - no dictionary
-            view = file.get_slice(name)
-            tensors[f"{part}/{name}"] = SavedTensor(tuple(view.get_shape()), _dtype_of(view.get_dtype()))
-
-    def read(name: str) -> Tensor:
-        part, _, rest = name.partition("/")
-        found: Tensor = opened[part].get_tensor(rest)
-        return found
-
-    return Contents(path, read_facts(path), tensors, read)
-
-
-def is_sharded(path: Place) -> bool:
-    """Whether it is in the form that training saves. CheckpointError if it is no checkpoint."""
-    return METADATA in read_manifest(path).files
-
-
-def _open_sharded(path: Place) -> Contents:
-    metadata = read_metadata(path)
-    tensors = saved_tensors(metadata)
-
-    def read(name: str) -> Tensor:
-        target = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load({name: target}, storage_reader=CheckedReader(path, metadata), planner=planner, no_dist=True)
-        return target
-
-    return Contents(path, read_facts(path), tensors, read)
+from megasora.parallel.plan import split_dim
 
 
 def consolidate(source: Contents, target: Path) -> list[Path]:
@@ -119,7 +48,7 @@ def write_safetensors(file: Path, described: Mapping[str, SavedTensor], tensors:
     end = 0
     for name, found in described.items():
         begin, end = end, end + found.bytes
-        header[name] = {"dtype": _TYPES[found.dtype], "shape": list(found.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": TYPES[found.dtype], "shape": list(found.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     state, size = xxhash.xxh3_64(), 0
@@ -135,13 +64,32 @@ def _pieces(header: bytes, tensors: Iterable[Tensor]) -> Iterator[Any]:
     yield struct.pack("<Q", len(header))
     yield header
     for tensor in tensors:
-        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        yield tensor.contiguous().flatten().view(uint8).numpy().data
 
 
 def shard(source: Contents, root: Path) -> Path:
-    """A consolidated checkpoint as one that training resumes from, under its own step, in one process's shard."""
+    """A checkpoint of another form as training saves it, under its own step, in one process's shard."""
     facts = {**source.facts, "layout": source.facts.get("layout"), "converted_from": str(source.path)}
-    return save(root, read_manifest(source.path).step, {name: source.read(name) for name in source.tensors}, facts)
+    return save(root, source.step, {name: source.read(name) for name in source.tensors}, facts)
+
+
+def universal(source: Contents, root: Path) -> Path:
+    """In DeepSpeed's universal form, under its own step, beside the file by which DeepSpeed finds the newest. Its loader takes it
+    on any number of ranks with ZeRO. CheckpointError where there is no optimizer's state, which it wants."""
+    if not any(name.startswith("optim/") for name in source.tensors):
+        raise CheckpointError(f"{source.path}: has no optimizer's state, without which DeepSpeed loads nothing")
+    family = source.facts["config"]["model"]["family"]
+    names = [name.removeprefix("model/") for name in source.tensors if name.startswith("model/")]
+    temporary = begin(root, source.step, lambda: None)
+    try:
+        dims = {name: split_dim(family, name) for name in names}
+        write_universal(temporary, source.tensors, source.read, source.facts, dims)
+        path = seal(temporary, source.step, source.facts, lambda: None)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    (root / "latest_universal").write_text(path.name)
+    return path
 
 
 def average(sources: list[Contents], weights: list[float], root: Path) -> Path:
@@ -162,7 +110,7 @@ def average(sources: list[Contents], weights: list[float], root: Path) -> Path:
         return mixed.to(sources[0].tensors[name].dtype)
 
     facts = {**sources[-1].facts, "averaged": [[str(other.path), w] for other, w in zip(sources, weights, strict=True)]}
-    return save(root, read_manifest(sources[-1].path).step, {name: mean(name) for name in kept}, facts)
+    return save(root, sources[-1].step, {name: mean(name) for name in kept}, facts)
 
 
 @dataclass(frozen=True)
@@ -193,11 +141,6 @@ def differences(a: Contents, b: Contents) -> Iterator[Difference]:
 
 
 def _seal(target: Path, source: Contents, sums: dict[str, FileSum]) -> None:
-    origin = read_manifest(source.path)
     files = sums | {FACTS: write_json(target / FACTS, source.facts)}
-    write_manifest(target, Manifest(origin.step, origin.time, files))
+    write_manifest(target, Manifest(source.step, int(time.time()) if source.time is None else source.time, files))
     sync_directory(target)
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    return next(dtype for dtype, known in _TYPES.items() if known == name)

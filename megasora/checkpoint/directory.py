@@ -220,7 +220,8 @@ def surplus(root: Place, config: CheckpointConfig) -> list[Place]:
 
 def _occupied(path: Place) -> int:
     try:
-        return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
+        entries = path.rglob("*") if isinstance(path, Path) else path.iterdir()
+        return sum(entry.stat().st_size for entry in entries if entry.is_file())
     except Exception:  # it is being removed at this moment
         return 0
 

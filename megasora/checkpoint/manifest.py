@@ -6,7 +6,7 @@ import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -67,6 +67,17 @@ def write_file(path: Path, data: bytes) -> FileSum:
         file.flush()
         os.fsync(file.fileno())
     return FileSum(len(data), xxhash.xxh3_64_hexdigest(data))
+
+
+def file_sum(path: Path) -> FileSum:
+    """Of a file that somebody else has written, which is waited for until it is on disk."""
+    state, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while piece := file.read(CHUNK):
+            state.update(piece)
+            size += len(piece)
+    return FileSum(size, state.hexdigest())
 
 
 def sync_directory(path: Path) -> None:
@@ -195,10 +206,16 @@ def _parse(raw: bytes) -> Manifest:
         manifest = Manifest(int(document["step"]), int(document["time"]), files)
     except (ValueError, TypeError, AttributeError, KeyError):
         raise ValueError("not a manifest: it lacks step, time or files") from None
-    outside = [name for name in files if Path(name).name != name]
+    outside = [name for name in files if not _is_below(name)]
     if outside:
         raise ValueError(f"names {outside[0]}, which is not a file of this directory")
     return manifest
+
+
+def _is_below(name: str) -> bool:
+    """Whether it names a file of a directory or of one below it."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and str(path) == name and not path.is_absolute() and ".." not in path.parts
 
 
 def _misnamed(directory: Place, manifest: Manifest) -> list[Problem]:
@@ -210,6 +227,10 @@ def _misnamed(directory: Place, manifest: Manifest) -> list[Problem]:
 def _foreign_files(directory: Place, manifest: Manifest) -> list[Problem]:
     try:
         names = {entry.name for entry in directory.iterdir()} - {MANIFEST} - set(manifest.files)
+        for below in {PurePosixPath(name).parts[0] for name in manifest.files if "/" in name} & names:
+            names.remove(below)
+            found = (entry for entry in (directory / below).rglob("*") if not entry.is_dir())
+            names |= {"/".join(entry.parts[len(directory.parts) :]) for entry in found} - set(manifest.files)
     except Exception as error:
         return [Problem(".", f"cannot be listed: {reason(error)}")]
     return [Problem(name, f"not in {MANIFEST}") for name in names]

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from megasora.checkpoint.directory import CheckpointConfig, begin, clear_leftovers, commit, next_time, remove, surplus
-from megasora.checkpoint.manifest import FACTS, FileSum, Manifest, Place, write_json, write_manifest
+from megasora.checkpoint.manifest import FACTS, FileSum, Manifest, Place, file_sum, write_json, write_manifest
 from megasora.checkpoint.ranks import Ranks
 from megasora.checkpoint.writer import Writer
 from megasora.errors import CheckpointError
@@ -101,6 +101,16 @@ def write(
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def seal(temporary: Path, step: int, facts: dict[str, Any], check: Callable[[], None]) -> Path:
+    """Makes a checkpoint of the files that somebody else has written into a temporary directory of `begin`. On one rank."""
+    files = {
+        str(file.relative_to(temporary)): file_sum(file) for file in sorted(temporary.rglob("*")) if file.is_file()
+    }
+    files[FACTS] = write_json(temporary / FACTS, facts)
+    write_manifest(temporary, Manifest(step, next_time(temporary.parent), files))
+    return commit(temporary, step, check)
 
 
 def prune(root: Place, config: CheckpointConfig, ranks: Ranks | None = None) -> list[Place]:

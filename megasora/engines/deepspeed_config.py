@@ -101,6 +101,8 @@ def check_engine(
         raise ConfigError(
             f"optim.fused={optim.fused}: engine=deepspeed steps flat stretches by torch's kernels; use torch"
         )
+    if parallel.compile:
+        raise ConfigError("parallel.compile=true: belongs to engine=torch_native; use false")
     if optim.name == "muon":
         raise ConfigError("optim.name=muon: engine=deepspeed owns flat stretches of matrices; use adamw")
     if precision.fp8 != "none":
@@ -111,8 +113,9 @@ def check_engine(
         )
     if section.offload == "all" and layout.zero < 3:
         raise refusal(layout, "deepspeed.offload=all wants zero3", zero=3)
-    if section.checkpoints:
-        raise ConfigError("deepspeed.checkpoints=true: not in this version; the project's own checkpoints hold the run")
+    if section.checkpoints and layout.zero == 0:
+        why = "deepspeed.checkpoints are ZeRO's"
+        raise refusal(layout, why, zero=1, dp_replicate=1, dp_shard=layout.dp)
     build_json(section, optim, precision, layout, device, global_batch)
 
 

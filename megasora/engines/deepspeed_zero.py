@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasora.checkpoint.deepspeed_files import INFO, universal_info
+from megasora.checkpoint.directory import begin
+from megasora.checkpoint.ranks import Ranks
+from megasora.checkpoint.save import seal
 from megasora.engines.deepspeed_config import DeepSpeedConfig, build_json
 from megasora.engines.fragments import WHOLE, Fragment, Split, in_pieces
 from megasora.engines.megatron_groups import mpu_of
@@ -30,7 +35,8 @@ from megasora.models.packing import PackedRow
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import Processes
-from megasora.parallel.remat import recompute
+from megasora.parallel.plan import split_dim
+from megasora.parallel.remat import offload, recompute
 from megasora.parallel.tensor import Style
 from megasora.parallel.zero import all_reduce_together
 
@@ -61,7 +67,8 @@ class DeepSpeedZero:
         section: DeepSpeedConfig,
         global_batch: int,
     ) -> None:
-        self.processes, self.optim, self.stage = processes, optim, processes.layout.zero
+        self.processes, self.optim, self.section = processes, optim, section
+        self.stage = processes.layout.zero
         layout, device = processes.layout, processes.device
         library = import_deepspeed(device)
         told = build_json(section, optim, config, layout, device, global_batch)
@@ -69,6 +76,7 @@ class DeepSpeedZero:
         with torch.device("meta"):
             model = build()
         whole = {name: p.shape for name, p in model.named_parameters()}
+        self.dims = {name: split_dim(model.config.family, name) for name in whole}
         if layout.cp > 1:
             model.attention = ContextAttention(model.attention, processes.contexts)
         self.mpu = mpu_of(processes)
@@ -79,7 +87,9 @@ class DeepSpeedZero:
 
             applied = apply_plan(model, plan, processes)
             self.splits, self.partial = applied.splits, applied.partial
-        recompute(model.blocks.children(), parallel.recompute, parallel.offload)
+        recompute(model.blocks.children(), parallel.recompute)
+        if parallel.offload:
+            offload(model.blocks.children())
         model.to_empty(device="cpu" if self.stage == 3 else device)  # zero3 takes a parameter at a time from the host
         if layout.tp > 1:
             mark_splits(model, self.splits)
@@ -292,6 +302,18 @@ class DeepSpeedZero:
         finally:
             torch._foreach_copy_(live, kept)
             self.loaded()
+
+    def save_own(self, root: Path, step: int, facts: dict[str, Any], check: Callable[[], None]) -> Path | None:
+        """DeepSpeed's checkpoint of ZeRO, sealed like one of ours. A rank that cannot write leaves the others to a time-out."""
+        if not self.section.checkpoints:
+            return None
+        ranks, what = Ranks(), f"saving step {step} in {root}"
+        temporary = ranks.first(what, lambda: begin(root, step, check))
+        given = {"facts": facts, INFO: universal_info(self.dims)}
+        ranks.every(
+            what, lambda: self.engine.save_checkpoint(str(root), temporary.name, client_state=given, save_latest=False)
+        )
+        return ranks.first(what, lambda: seal(temporary, step, facts, check))
 
     @torch.no_grad()
     def predict(self, row: PackedRow, *options: Any) -> Tensor:

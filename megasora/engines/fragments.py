@@ -67,6 +67,11 @@ class Pieces(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Pieces({tuple(self.shape)}, {len(self.pieces)} here)"
 
+    def receive(self, whole: Tensor) -> None:
+        """Gives this rank's boxes the values that they have in the whole tensor."""
+        for offsets, piece in self.pieces:
+            piece.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))])
+
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         return [
             WriteItem(

@@ -7,6 +7,7 @@ else, so that another engine can stand in its place.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -18,14 +19,17 @@ from torch.nn.parallel import DistributedDataParallel
 from megasora.engines.fused import FusedAdamW, adamw_state
 from megasora.engines.muon import Muon, sharded_like
 from megasora.engines.optim import OptimConfig, build_optimizers
+from megasora.models.attention_operator import as_operator
 from megasora.models.base import Model
 from megasora.models.packing import PackedRow
+from megasora.parallel.compiled import compile_blocks
 from megasora.parallel.context import ContextAttention
+from megasora.parallel.context_operator import ContextOperator
 from megasora.parallel.fp8 import FP8, fp8_context, fp8_tensors, to_fp8
 from megasora.parallel.layout import ParallelConfig
 from megasora.parallel.mesh import Processes
 from megasora.parallel.pipeline import Pipeline, Stages, on_all_stages
-from megasora.parallel.remat import recompute
+from megasora.parallel.remat import offload, recompute
 from megasora.parallel.tensor import Style, gathered, is_split, split_model
 from megasora.parallel.zero import OptimizerShards, all_reduce_together, local, shard_model
 
@@ -99,6 +103,11 @@ class Engine(Protocol):
         """To be called after the tensors of `tensors` have been filled from elsewhere."""
         ...
 
+    def save_own(self, root: Path, step: int, facts: dict[str, Any], check: Callable[[], None]) -> Path | None:
+        """Saves a step in the form of the engine's library too, where that has one and the config asks for it. `check` raises if
+        this job must not write. All ranks call it."""
+        ...
+
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the model has the EMA's weights."""
         ...
@@ -131,13 +140,20 @@ class TorchNative:
         layout = processes.layout
         with torch.device("meta"):
             model = build()
+        if parallel.compile:
+            model.attention = as_operator(model.attention)
         if layout.cp > 1:
-            model.attention = ContextAttention(model.attention, processes.contexts)
+            kind = ContextOperator if parallel.compile else ContextAttention
+            model.attention = kind(model.attention, processes.contexts)
         if layout.tp > 1:
             split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
         to_fp8(model, config.fp8, config.fp8_gather)
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
-        recompute(model.blocks.children(), parallel.recompute, parallel.offload)
+        recompute(model.blocks.children(), parallel.recompute)
+        if parallel.compile:
+            compile_blocks(model.blocks.children())
+        if parallel.offload:
+            offload(model.blocks.children())
         lower = config.precision == "bf16"
         self.fsdp = layout.zero >= 2
         if self.fsdp:
@@ -303,6 +319,9 @@ class TorchNative:
         for module in self.root.modules():
             if isinstance(module, FSDPModule):  # zero2 keeps gathered what a forward pass has gathered
                 module.reshard()
+
+    def save_own(self, root: Path, step: int, facts: dict[str, Any], check: Callable[[], None]) -> Path | None:
+        return None
 
     def _share_of(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Ranks that hold the same tokens count a share of their loss each."""

@@ -4,7 +4,7 @@ Which kernels compute it is chosen once, by what is installed and what the devic
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -19,6 +19,7 @@ from megasora.models.flash import CAPABILITY, FLASH, HOW, MODULES, VARLEN, Flash
 from megasora.models.packing import Order, Segments, Windows
 
 Attention = Callable[[Tensor, Tensor, Tensor, Segments | Order, Segments | Windows | Order], Tensor]
+Span = tuple[int, int, int, int]  # first query and their number, first key and their number
 NAMES = ("auto", "sdpa", "flash4", "flash3", "flash2", "te", "cudnn", "triton")  # of model.attention
 # On a GPU, before torch's own. Only torch's and cuDNN's have been measured.
 PREFERRED = ("flash3", "flash4", "flash2", "te")
@@ -67,13 +68,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
     """
     outputs = []
     attended = list(zip(queries.starts, queries.lengths, keys.starts, keys.lengths, strict=True))
-    # Windows overlap, so they go one by one.
-    same: Callable[[tuple[int, int, int, int]], tuple[int, ...]] = (
-        (lambda size: size) if isinstance(keys, Windows) else (lambda size: (size[1], size[3]))
-    )
-    for _, group in groupby(attended, same):
-        members = list(group)
-        (a, length, b, width), n = members[0], len(members)
+    for n, (a, length, b, width) in alike(attended, apart=isinstance(keys, Windows)):
         if length == 0:
             continue
         part_q = q[a : a + n * length]
@@ -87,6 +82,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
     if not any(length and width for _, length, _, width in attended):
         return nothing_seen(q, k, v)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def alike(spans: Iterable[Span], apart: bool) -> Iterator[tuple[int, Span]]:
+    """Neighbours of one size: how many, and the first of them. What is `apart`, as windows are, goes one by one."""
+    for _, group in groupby(spans, (lambda span: span) if apart else (lambda span: (span[1], span[3]))):
+        first, *others = group
+        yield 1 + len(others), first
 
 
 def varlen_attention(name: str, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments | Windows) -> Tensor:

@@ -33,7 +33,7 @@ from megasora.models.layers import (
     timestep_embedding,
     together,
 )
-from megasora.models.packing import PackedRow, Segments, Shape
+from megasora.models.packing import PackedRow, Segments, Shape, on_device
 from megasora.models.vit import Block as ViTBlock
 from megasora.models.vit import JointSetting
 
@@ -244,7 +244,7 @@ def condition_tokens(row: PackedRow, time: Tensor, label: Tensor) -> tuple[Tenso
     tokens, and several runs can be told apart.
     """
     starts = row.runs.starts
-    frame = row.grid[torch.tensor(starts, device=time.device), 0]  # [R]
+    frame = row.grid[on_device(starts, time.device), 0]  # [R]
     runs = tuple(bisect_left(starts, end) - bisect_left(starts, start) for start, end in pairwise(row.video.offsets))
     time = time + frame_embedding(frame, time.shape[-1])  # [R, D]
     return join(time, Segments(runs, time.device), label, Segments((1,) * len(label), time.device))

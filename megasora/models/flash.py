@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 from megasora_kernels.flash_varlen import flash_varlen, flash_varlen_backward
-from torch import Tensor
+from torch import Tensor, nn
 
 from megasora.models.packing import Segments
+
+LSE_MULTIPLE = 32  # to which torch's efficient attention pads its logarithms
 
 
 @dataclass(frozen=True)
 class Flash:
-    """One library's kernels over whole sequences. Both are exact whatever part of the keys they see, given the final `out` and
-    `lse`."""
+    """One library's kernels over n whole sequences of one size. Both are exact whatever part of the keys they see, given the
+    final `out` and `lse`."""
 
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """q [L, N, K], k and v [M, N, K] -> out [L, N, K], lse [L, N] fp32: the logarithms of the softmax's sums."""
+    """q [n, L, N, K], k and v [n, M, N, K] -> out [n, L, N, K], lse [n, L, N] fp32: the logarithms of the softmax's sums."""
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     """Gradient of out, q, k, v, out, lse -> gradients of q, k and v."""
 
@@ -36,36 +38,42 @@ def deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
-def batched(*tensors: Tensor) -> list[Tensor]:
-    """[L, N, K] -> [1, N, L, K], as torch's own take it."""
-    return [t.transpose(0, 1)[None].contiguous() for t in tensors]
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[n, L, N, ...] -> [n, N, L, ...], as torch's own take it."""
+    return [t.transpose(1, 2) for t in tensors]
 
 
-def unbatched(*tensors: Tensor) -> list[Tensor]:
-    """[1, N, L, ...] -> [L, N, ...]."""
-    return [t[0].transpose(0, 1) for t in tensors]
+def contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+def tokens_first(*tensors: Tensor) -> list[Tensor]:
+    """[n, N, L, ...] -> [n, L, N, ...]."""
+    return [t.transpose(1, 2) for t in tensors]
 
 
 # torch
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = unbatched(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batched(q, k, v))[:2])
+    out, lse = tokens_first(*torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first(q, k, v))[:2])
     return out, lse.float()
 
 
 def cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = [*batched(grad, q, k, v, out), lse.T[None].contiguous()]
+    given = [*heads_first(grad, q, k, v, out), lse.transpose(1, 2).contiguous()]
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, False)
-    return tuple(unbatched(dq, dk, dv))  # type: ignore[return-value]
+    return tuple(tokens_first(dq, dk, dv))  # type: ignore[return-value]
 
 
 def sdpa_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return cpu_forward(q, k, v)
-    out, lse = unbatched(*torch.ops.aten._scaled_dot_product_flash_attention(*batched(q, k, v))[:2])
+    if q.dtype == torch.float32:
+        return efficient_forward(q, k, v)
+    out, lse = tokens_first(*torch.ops.aten._scaled_dot_product_flash_attention(*heads_first(q, k, v))[:2])
     return out, lse
 
 
@@ -74,29 +82,57 @@ def sdpa_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
         return cpu_backward(grad, q, k, v, out, lse)
-    given = [*batched(grad, q, k, v, out), lse.T[None].contiguous()]
+    if q.dtype == torch.float32:
+        return efficient_backward(grad, q, k, v, out, lse)
+    given = [*heads_first(grad, q, k, v, out), lse.transpose(1, 2).contiguous()]
     seed, offset = torch.zeros(2, 2, dtype=torch.uint64, device=q.device)  # of dropout, of which there is none
     found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *given, None, None, len(q), len(k), 0.0, False, seed, offset
+        *given, None, None, q.shape[1], k.shape[1], 0.0, False, seed, offset
     )
-    return tuple(unbatched(*found))  # type: ignore[return-value]
+    return tuple(tokens_first(*found))  # type: ignore[return-value]
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """For 32 bits on a GPU (Rabe and Staats 2021), which flash attention does not take."""
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(*heads_first(q, k, v), None, True)[:2]
+    out, lse = tokens_first(out, lse[..., : q.shape[1]])  # its lse is padded
+    return out, lse
+
+
+def efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    padded = nn.functional.pad(lse.transpose(1, 2), (0, -q.shape[1] % LSE_MULTIPLE), value=torch.inf)
+    seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device)
+    found = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        *heads_first(grad, q, k, v),
+        None,
+        *heads_first(out),
+        padded,
+        seed,
+        offset,
+        0.0,
+        [True, True, True, False],
+        False,
+    )
+    return tuple(tokens_first(*found[:3]))  # type: ignore[return-value]
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*batched(q, k, v), None, True)[:2]
-    out, lse = unbatched(out, lse.view(1, q.shape[1], len(q)))  # cuDNN's lse has a dimension of one at its end
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*contiguous(*heads_first(q, k, v)), None, True)[:2]
+    out, lse = tokens_first(out, lse.flatten(2))  # cuDNN's lse has a dimension of one at its end
     return out, lse
 
 
 def cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = [*batched(grad, q, k, v, out), lse.T[None, :, :, None].contiguous()]
+    given = contiguous(*heads_first(grad, q, k, v, out, lse[..., None]))
     seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *given, seed, offset, None, None, None, len(q), len(k), 0.0, False
+        *given, seed, offset, None, None, None, q.shape[1], k.shape[1], 0.0, False
     )
-    return tuple(unbatched(*found))  # type: ignore[return-value]
+    return tuple(tokens_first(*found))  # type: ignore[return-value]
 
 
 # flash-attn 2 (Dao 2023)
@@ -121,10 +157,10 @@ def flash2_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
     out, lse, *_ = _flash_attn_forward(
-        q[None], k[None], v[None], dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=False, window_size_left=-1,
+        q, k, v, dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=False, window_size_left=-1,
         window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
     )  # fmt: skip
-    return out[0], lse[0].T
+    return out, lse.transpose(1, 2)
 
 
 def flash2_backward(
@@ -134,7 +170,7 @@ def flash2_backward(
 
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     _flash_attn_backward(
-        grad[None], q[None], k[None], v[None], out[None], lse.T[None].contiguous(), dq[None], dk[None], dv[None],
+        grad, q, k, v, out, lse.transpose(1, 2).contiguous(), dq, dk, dv,
         dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1,
         softcap=0.0, alibi_slopes=None, deterministic=deterministic(),
     )  # fmt: skip
@@ -167,10 +203,8 @@ def flash3_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
          "max_seqlen_q", "max_seqlen_k", "page_table", "kv_batch_idx", "leftpad_k", "rotary_cos", "rotary_sin",
          "seqlens_rotary", "q_descale", "k_descale", "v_descale"]
     )  # fmt: skip
-    out, lse, *_ = _flash_attn_forward(
-        q=q[None], k=k[None], v=v[None], softmax_scale=q.shape[-1] ** -0.5, causal=False, **none
-    )
-    return out[0], lse[0].T
+    out, lse, *_ = _flash_attn_forward(q=q, k=k, v=v, softmax_scale=q.shape[-1] ** -0.5, causal=False, **none)
+    return out, lse.transpose(1, 2)
 
 
 def flash3_backward(
@@ -180,8 +214,8 @@ def flash3_backward(
 
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     _flash_attn_backward(
-        grad[None], q[None], k[None], v[None], out[None], lse.T[None].contiguous(), cu_seqlens_q=None, cu_seqlens_k=None,
-        sequed_q=None, sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=dq[None], dk=dk[None], dv=dv[None],
+        grad, q, k, v, out, lse.transpose(1, 2).contiguous(), cu_seqlens_q=None, cu_seqlens_k=None,
+        sequed_q=None, sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=dq, dk=dk, dv=dv,
         softmax_scale=q.shape[-1] ** -0.5, causal=False, deterministic=deterministic(),
     )  # fmt: skip
     return dq, dk, dv
@@ -203,8 +237,8 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -
 def flash4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out, lse, *_ = _flash_attn_fwd(q[None], k[None], v[None], return_lse=True)
-    return out[0], lse[0].T
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True)
+    return out, lse.transpose(1, 2)
 
 
 def flash4_backward(
@@ -213,9 +247,9 @@ def flash4_backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     dq, dk, dv, *_ = _flash_attn_bwd(
-        q[None], k[None], v[None], out[None], grad[None], lse.T[None].contiguous(), deterministic=deterministic()
+        q, k, v, out, grad, lse.transpose(1, 2).contiguous(), deterministic=deterministic()
     )
-    return dq[0], dk[0], dv[0]
+    return dq, dk, dv
 
 
 # TransformerEngine; it keeps the logarithms for itself
@@ -249,19 +283,26 @@ def triton(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -
     return flash_varlen(q, k, v, queries.cu_seqlens, keys.cu_seqlens, max(queries.lengths), max(keys.lengths))[0]
 
 
-def whole(x: Tensor) -> Tensor:
-    """One segment of all tokens."""
-    return torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
+def side_by_side(x: Tensor) -> Tensor:
+    """Where each of the n sequences of [n, L, N, K] begins, and the end."""
+    n, L = x.shape[:2]
+    return torch.arange(n + 1, dtype=torch.int32, device=x.device) * L
 
 
 def triton_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return flash_varlen(q, k, v, whole(q), whole(k), len(q), len(k))
+    out, lse = flash_varlen(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), side_by_side(q), side_by_side(k), q.shape[1], k.shape[1]
+    )
+    return out.view_as(q), lse.view(q.shape[:3])
 
 
 def triton_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return flash_varlen_backward(grad, q, k, v, out, lse, whole(q), whole(k), len(q), len(k))
+    grad, *flat, out, lse = (t.flatten(0, 1) for t in (grad, q, k, v, out, lse))
+    where = side_by_side(q), side_by_side(k), q.shape[1], k.shape[1]
+    found = flash_varlen_backward(grad, flat[0], flat[1], flat[2], out, lse, *where)
+    return tuple(g.view_as(t) for g, t in zip(found, (q, k, v), strict=True))  # type: ignore[return-value]
 
 
 def lacks(*modules: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megasora.models.layers import together
-from megasora.models.packing import PackedRow, Segments
+from megasora.models.packing import PackedRow, Segments, on_device
 
 Lengths = tuple[int, ...]
 
@@ -27,8 +27,13 @@ class Joint:
     samples: Segments  # of J, as attention sees it
     order: Tensor | None  # [J] which token of the pieces comes where; None: as it is
     pieces: int  # that attention layers see together
-    text: int  # M, text tokens of a piece, padding among them
     owner: Tensor  # [M + L] int64, non-decreasing: which of [texts of samples; runs] each token of this piece is of
+    text_owner: Tensor  # [M] of it: of the text, padding among it
+
+    @property
+    def text(self) -> int:
+        """M, text tokens of a piece."""
+        return len(self.text_owner)
 
     def enter(self, x: Tensor) -> Tensor:
         """[pieces · (M + L), ...] -> [J, ...] as attention sees it."""
@@ -64,7 +69,7 @@ def join(row: PackedRow) -> Joint:
     text_owner = nn.functional.pad(row.own_caption.index, (0, M - row.own_caption.total), value=S - 1)  # [M]
     owner = torch.cat([text_owner, S + row.runs.index])  # [M + L]
     seen = together(row.attended.own_caption, row.attended.video)
-    return Joint(seen, by_sample(texts, videos, owner.device), len(texts), M, owner)
+    return Joint(seen, by_sample(texts, videos, owner.device), len(texts), owner, text_owner)
 
 
 def pieces_of(row: PackedRow, segments: Segments) -> Sequence[Lengths]:
@@ -85,6 +90,6 @@ def by_sample(texts: Sequence[Lengths], videos: Sequence[Lengths], device: torch
     if not padding and present == sorted(present):
         return None
     tokens = sum(counts)
-    sizes = torch.tensor(counts, device=device)
-    place = torch.repeat_interleave(torch.tensor(places, device=device), sizes, output_size=tokens)
+    sizes = on_device(counts, device)
+    place = torch.repeat_interleave(on_device(places, device), sizes, output_size=tokens)
     return place.argsort(stable=True)[: tokens - padding]

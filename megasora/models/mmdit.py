@@ -164,9 +164,9 @@ class DoubleBlock(nn.Module):
         self.text, self.video = Stream(config), Stream(config)
 
     def forward(self, x: Tensor, setting: MMSetting) -> Tensor:
-        joint, S = setting.joint, len(setting.row.shapes)
+        joint, S = setting.joint, len(setting.row.pooled)
         text, video = x.tensor_split([joint.text])  # [M, D], [L, D]
-        sample, run = joint.owner[: joint.text], setting.row.runs.index  # [M], [L]
+        sample, run = joint.text_owner, setting.row.runs.index  # [M], [L]
         text_modulation = self.text.modulation(setting.condition[:S])  # six [S, D]
         video_modulation = self.video.modulation(setting.condition[S:])  # six [R, D]
         text_qkv = self.text.before(text, text_modulation, sample)  # three [M, N, K]

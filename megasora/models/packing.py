@@ -8,7 +8,7 @@ text, N heads, K head width, D model width, P values of a patch (C·pt·ph·pw).
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from einops import rearrange
@@ -16,6 +16,13 @@ from torch import Tensor
 
 Patch = tuple[int, int, int]
 Shape = tuple[int, int, int]  # T, H, W
+
+
+def on_device(x: Tensor | Sequence[float], device: torch.device) -> Tensor:
+    """What is on the host, on a device, without waiting for it: that takes pinned memory."""
+    x = x if isinstance(x, Tensor) else torch.tensor(x)
+    moves = x.device.type == "cpu" and device.type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if moves else x.to(device)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """`offsets` as the int32 tensor that variable-length attention kernels take."""
-        return torch.tensor(self.offsets, dtype=torch.int32, device=self.device)
+        return on_device(torch.tensor(self.offsets, dtype=torch.int32), self.device)
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -47,8 +54,18 @@ class Segments:
     @cached_property
     def index(self) -> Tensor:
         """[L] int64: the segment of each token."""
-        lengths = torch.tensor(self.lengths, device=self.device)
+        lengths = on_device(self.lengths, self.device)
         return torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths, output_size=self.total)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """[P, S] int64 on the host: `peers`."""
+        return torch.tensor(self.peers)
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """[2, S] int64 on the host: first token and length of each segment, for operators that a graph calls."""
+        return torch.tensor([self.starts, self.lengths])
 
     @property
     def total(self) -> int:
@@ -77,6 +94,11 @@ class Windows:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
+    @cached_property
+    def spans(self) -> Tensor:
+        """As of `Segments`."""
+        return torch.tensor([self.starts, self.lengths])
+
 
 @dataclass(frozen=True)
 class Order:
@@ -91,7 +113,17 @@ class Order:
 
     def leave(self, x: Tensor) -> Tensor:
         """The inverse of `enter`."""
-        return transposed(x, tuple((n, B, A) for n, A, B in self.boxes))
+        return transposed(x, self.turned)
+
+    @property
+    def turned(self) -> tuple[tuple[int, int, int], ...]:
+        """The boxes after `enter`."""
+        return tuple((n, B, A) for n, A, B in self.boxes)
+
+    @cached_property
+    def turns(self) -> tuple[Tensor, Tensor] | None:
+        """`boxes` and `turned` as [G, 3] int64 on the host, for operators that a graph calls; None where nothing moves."""
+        return (torch.tensor(self.boxes), torch.tensor(self.turned)) if self.boxes else None
 
 
 def transposed(x: Tensor, boxes: tuple[tuple[int, int, int], ...]) -> Tensor:
@@ -155,7 +187,7 @@ class PackedRow:
     @cached_property
     def run_sample(self) -> Tensor:
         """[R] int64: the sample of each run."""
-        return torch.tensor(self.run_owners, device=self.tokens.device)
+        return on_device(self.run_owners, self.tokens.device)
 
     def part(self, index: int, parts: int, shared: int = 1) -> "PackedRow":
         """One of so many equal stretches of the row. Attention layers see `shared` neighbouring ones together: those are cut
@@ -217,32 +249,34 @@ def pack(items: Sequence[Item], capacity: int | None = None) -> PackedRow:
     padding = 0 if capacity is None else capacity - sum(len(item.patches) for item in items)
     if padding < 0:
         raise ValueError(f"{sum(len(item.patches) for item in items)} tokens do not fit a row of {capacity}")
+    steps = [item.timesteps.tolist() for item in items]
     grids = [patch_grid(item.shape, device, item.first_frame) for item in items]
     if padding:
         patches = first.patches.new_zeros(padding, first.patches.shape[1])
         pad = Item(patches, (1, 1, padding), torch.zeros(1), first.text[:0], torch.zeros_like(first.pooled))
         items = [*items, pad]
+        steps.append([0.0])
         grids.append(grids[0].new_zeros(padding, 3))
     timesteps, lengths, owners = [], [], []
     for sample, item in enumerate(items):
-        values, counts = torch.unique_consecutive(item.timesteps, return_counts=True)
-        timesteps.append(values)
-        lengths += [frames * item.shape[1] * item.shape[2] for frames in counts.tolist()]
-        owners += [sample] * len(values)
+        for value, frames in groupby(steps[sample]):
+            timesteps.append(value)
+            lengths.append(len(list(frames)) * item.shape[1] * item.shape[2])
+            owners.append(sample)
     caption = Segments(tuple(len(item.text) for item in items), device)
     return PackedRow(
         tokens=torch.cat([item.patches for item in items]),
         grid=torch.cat(grids),
         video=Segments(tuple(len(item.patches) for item in items), device),
         shapes=tuple(item.shape for item in items),
-        timestep=torch.cat(timesteps).to(device),
+        timestep=on_device(timesteps, device),
         runs=Segments(tuple(lengths), device),
         run_owners=tuple(owners),
         text=torch.cat([item.text for item in items]),
         caption=caption,
         pooled=torch.stack([item.pooled for item in items]),
-        fps=torch.tensor([item.fps for item in items], device=device),
-        label=torch.tensor([item.label for item in items], device=device),
+        fps=on_device([item.fps for item in items], device),
+        label=on_device([item.label for item in items], device),
         own_text=(0, caption.total),
         own_caption=caption,
     )

@@ -31,7 +31,7 @@ from megasora.models.layers import (
     sincos_axis,
     timestep_embedding,
 )
-from megasora.models.packing import Order, PackedRow, Segments, Shape
+from megasora.models.packing import Order, PackedRow, Segments, Shape, on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class Pair(nn.Module):
     def forward(self, x: Tensor, setting: STSetting) -> Tensor:
         space, time = setting.orders
         x = self.space(x, setting, None, space)  # [L, D]
-        if self.first and setting.added is not None:
+        if setting.added is not None and self.first:
             x = x + setting.added.type_as(x)
         return self.time(x, setting, setting.rotation, time)  # [L, D]
 
@@ -229,7 +229,7 @@ def scaled_places(row: PackedRow, config: STDiTConfig) -> Tensor:
         side = math.sqrt(H * W)
         base = config.base_size * (round(side) / side if config.area_scale else 1.0)
         scales.append((base / H, base / W))
-    return row.grid[:, 1:] * torch.tensor(scales, device=row.tokens.device)[row.video.index]
+    return row.grid[:, 1:] * on_device(torch.tensor(scales), row.tokens.device)[row.video.index]
 
 
 def sincos_plane(places: Tensor, width: int) -> Tensor:
@@ -240,7 +240,7 @@ def sincos_plane(places: Tensor, width: int) -> Tensor:
 
 def time_sincos(row: PackedRow, width: int) -> Tensor:
     """[L, width] fp32: Latte's embedding of the frame, which an image goes without."""
-    moves = torch.tensor([float(T > 1) for T, _, _ in row.shapes], device=row.tokens.device)  # [S]
+    moves = on_device([float(T > 1) for T, _, _ in row.shapes], row.tokens.device)  # [S]
     return sincos_axis(row.grid[:, 0], width) * moves[row.video.index, None]
 
 

@@ -29,7 +29,7 @@ from megasora.models.layers import (
     sincos_embedding,
     timestep_embedding,
 )
-from megasora.models.packing import PackedRow, Segments, Shape, Windows, chunk_windows
+from megasora.models.packing import PackedRow, Segments, Shape, Windows, chunk_windows, on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class VideoDiT(Model[VideoSetting]):
 
     def _where(self, row: PackedRow) -> Tensor:
         """[L, 3] coordinates for sincos. A chunk-causal video has no end: there only row and column are absolute."""
-        return row.grid if self.config.temporal == "full" else row.grid * row.grid.new_tensor([0, 1, 1])
+        return row.grid if self.config.temporal == "full" else row.grid * on_device([0, 1, 1], row.grid.device)
 
     def _seen(self, row: PackedRow, cache: Cache | None) -> tuple[Segments, Segments | Windows]:
         """The queries of self-attention and the keys that they see."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megasora.models.attention import find_attention
 from megasora.models.base import Model, ModelConfig, Setting
 from megasora.models.layers import MLP, LayerNorm, MultiHeadAttention, join, together
-from megasora.models.packing import PackedRow, Patch, Segments, Shape
+from megasora.models.packing import PackedRow, Patch, Segments, Shape, on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class ViT(Model[JointSetting]):
 
     def leave(self, x: Tensor, setting: JointSetting) -> Tensor:
         """[S + L, D] -> [S, classes] logits, those of padding without meaning."""
-        cls = x[torch.tensor(setting.joint.starts, device=x.device)]  # [S, D]
+        cls = x[on_device(setting.joint.starts, x.device)]  # [S, D]
         return self.head(self.norm(cls))  # [S, classes]
 
     def carried(self, row: PackedRow) -> int:

@@ -14,7 +14,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from megasora.models.attention import Attention, flash_of
-from megasora.models.packing import Order, Segments, Windows, stretch
+from megasora.models.packing import Order, Segments, Windows, on_device, stretch
 from megasora.parallel.ring import ring_attention
 
 Lengths = tuple[int, ...]
@@ -71,9 +71,9 @@ class ContextAttention:
     def _among(self, qkv: Tensor, keys: Segments, here: int, context: Context) -> Tensor:
         """[L/R, 3, N/U, K] -> [L/R, N/U, K]: each sample's tokens side by side, then attention or a ring of it."""
         ulysses, ring = context.degrees
-        order = by_sample(keys.peers[here * ulysses : (here + 1) * ulysses])
+        order = by_sample(keys.peers[here * ulysses : (here + 1) * ulysses], qkv.device)
         if order is not None:
-            qkv = qkv.index_select(0, order[0].to(qkv.device))
+            qkv = qkv.index_select(0, order[0])
         held = [add_up(keys.peers[place * ulysses : (place + 1) * ulysses]) for place in range(ring)]
         q, k, v = qkv.unbind(1)
         if ring == 1:
@@ -81,7 +81,7 @@ class ContextAttention:
             y = self.attention(q, k, v, whole, whole)
         else:
             y = ring_attention(q, k, v, held, context.ring, flash_of(self.attention))
-        return y if order is None else y.index_select(0, order[1].to(y.device))
+        return y if order is None else y.index_select(0, order[1])
 
 
 def heads_apart(x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -105,7 +105,7 @@ def tokens_apart(x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Ten
 
 
 @lru_cache(maxsize=64)
-def by_sample(parts: tuple[Lengths, ...]) -> tuple[Tensor, Tensor] | None:
+def by_sample(parts: tuple[Lengths, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
     """The order that puts each sample's tokens side by side when the parts come one after the other, and its inverse; None where
     they lie so already."""
     if len(parts[0]) == 1:
@@ -115,7 +115,7 @@ def by_sample(parts: tuple[Lengths, ...]) -> tuple[Tensor, Tensor] | None:
     if bool((owners.diff() >= 0).all()):
         return None
     order = owners.argsort(stable=True)
-    return order, order.argsort()
+    return on_device(order, device), on_device(order.argsort(), device)
 
 
 def add_up(parts: tuple[Lengths, ...]) -> Lengths:

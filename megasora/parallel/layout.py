@@ -21,6 +21,7 @@ class ParallelConfig:
     recompute: str = "none"
     offload: bool = False  # what blocks keep waits in the host's memory
     plan_check: Literal["refuse", "warn", "off"] = "refuse"  # what `train` does with what cannot fit
+    compile: bool = False  # blocks by torch.compile
     across_nodes: bool = False  # tp and Ulysses may be wider than a node
 
     def __post_init__(self) -> None:

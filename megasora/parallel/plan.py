@@ -5,6 +5,7 @@ row: some inputs; norm: over a width that is split; heads: whole, but it sees it
 column's pattern names the layers with one input.
 """
 
+import re
 from dataclasses import replace
 from math import gcd
 from typing import Any
@@ -37,6 +38,17 @@ PLANS: dict[str, list[tuple[str, Style]]] = {
     "stdit": [*ATTENTION, *MLP, (r"blocks\.\d+\.(?:space|time)\.(?:self_|cross_)?attention\.norm_[qk]", "heads")],
     "dit": [*ATTENTION, *MLP],
 }
+
+
+def split_dim(family: str, name: str) -> int | None:
+    """The dimension of a parameter that the family's plan divides among the ranks of a tensor group."""
+    module, _, kind = name.rpartition(".")
+    for pattern, style in PLANS.get(family, []):
+        if re.fullmatch(pattern, module):
+            if style == "row":
+                return 1 if kind == "weight" else None
+            return None if style == "heads" else 0
+    return None
 
 
 def check_layout(model: Any, layout: Layout, node: int | None = None) -> None:

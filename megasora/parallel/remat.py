@@ -7,7 +7,6 @@ may wait in the host's memory.
 
 import re
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,21 +26,23 @@ DEAR = re.compile(
 )
 
 
-def recompute(blocks: Iterable[nn.Module], how: str, offload: bool = False) -> None:
-    """Makes blocks recompute themselves: none, full, selective, or everyK (the first of each K). With `offload` what they keep
-    goes to the host."""
+def recompute(blocks: Iterable[nn.Module], how: str) -> None:
+    """Makes blocks recompute themselves: none, full, selective, or everyK (the first of each K)."""
+    if how == "none":
+        return
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if how == "selective":
+        again = partial(again, context_fn=selective)
     every = int(how.removeprefix("every")) if how.startswith("every") else 1
     for number, block in enumerate(blocks):
-        if how != "none" and number % every == 0:
-            contexts = selective if how == "selective" else plain
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        if number % every == 0:
             block.forward = partial(again, block.forward)
-        if offload:
-            block.forward = partial(offloaded, block.forward)
 
 
-def plain() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), nullcontext()
+def offload(blocks: Iterable[nn.Module]) -> None:
+    """What blocks keep waits on the host."""
+    for block in blocks:
+        block.forward = partial(offloaded, block.forward)
 
 
 def selective() -> Any:

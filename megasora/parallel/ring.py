@@ -33,52 +33,66 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, held: list[Lengths], group: dist.ProcessGroup, flash: Flash
     ) -> Tensor:
-        places, here = len(held), dist.get_rank(group)
-        kv = torch.stack([k, v])  # [2, M, N, K]
-        out = torch.zeros_like(q, dtype=torch.float32)  # [L, N, K]
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)  # [L, N]
-        for hop in range(places):
-            owner = (here - hop) % places
-            arriving = pass_on(kv, sum(held[(owner - 1) % places]), group) if hop < places - 1 else None
-            for a, b, c, d in pairs(held[here], held[owner]):
-                part, part_lse = flash.forward(q[a:b], kv[0, c:d], kv[1, c:d])
-                merge(out[a:b], lse[a:b], part, part_lse)
-            if arriving is not None:
-                kv = arriving()
-        y = out.to(q.dtype)
+        y, lse = ring_forward(q, k, v, held, group, flash)
         ctx.save_for_backward(q, k, v, y, lse)
-        ctx.held, ctx.group, ctx.flash = held, group, flash
+        ctx.ring = held, group, flash
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, lse = ctx.saved_tensors
-        held, group, grad = ctx.held, ctx.group, grads[0].contiguous()
-        places, here = len(held), dist.get_rank(group)
-        kv = torch.stack([k, v])
-        dq = torch.zeros_like(q, dtype=torch.float32)
-        own = torch.zeros_like(kv, dtype=torch.float32)  # of the keys that are at home
-        travelling: Callable[[], Tensor] | None = None
-        for hop in range(places):
-            owner = (here - hop) % places
-            length = sum(held[(owner - 1) % places])
-            arriving = pass_on(kv, length, group) if hop < places - 1 else None
-            dkv = torch.zeros_like(kv, dtype=torch.float32) if hop else own
-            for a, b, c, d in pairs(held[here], held[owner]):
-                known = grad[a:b], q[a:b], kv[0, c:d], kv[1, c:d], y[a:b], lse[a:b]
-                gq, gk, gv = ctx.flash.backward(*known)
-                dq[a:b] += gq
-                dkv[0, c:d] += gk
-                dkv[1, c:d] += gv
-            if travelling is not None:
-                dkv += travelling()  # what the places before found for these keys, which came meanwhile
-            if hop:
-                travelling = pass_on(dkv, length, group)  # with its keys, and at last to whose they are
-            if arriving is not None:
-                kv = arriving()
+        return *ring_backward(grads[0], *ctx.saved_tensors, *ctx.ring), None, None, None
+
+
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, held: list[Lengths], group: dist.ProcessGroup, flash: Flash
+) -> tuple[Tensor, Tensor]:
+    """What attention gives, [L, N, K], and the logarithms of its sums, [L, N] fp32."""
+    places, here = len(held), dist.get_rank(group)
+    kv = torch.stack([k, v])  # [2, M, N, K]
+    out = torch.zeros_like(q, dtype=torch.float32)  # [L, N, K]
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)  # [L, N]
+    for hop in range(places):
+        owner = (here - hop) % places
+        arriving = pass_on(kv, sum(held[(owner - 1) % places]), group) if hop < places - 1 else None
+        for a, b, c, d in pairs(held[here], held[owner]):
+            part, part_lse = flash.forward(q[None, a:b], kv[:1, c:d], kv[1:, c:d])
+            merge(out[a:b], lse[a:b], part[0], part_lse[0])
+        if arriving is not None:
+            kv = arriving()
+    return out.to(q.dtype), lse
+
+
+def ring_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, held: list[Lengths],
+    group: dist.ProcessGroup, flash: Flash,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, given what `ring_forward` gave."""
+    grad = grad.contiguous()
+    places, here = len(held), dist.get_rank(group)
+    kv = torch.stack([k, v])
+    dq = torch.zeros_like(q, dtype=torch.float32)
+    own = torch.zeros_like(kv, dtype=torch.float32)  # of the keys that are at home
+    travelling: Callable[[], Tensor] | None = None
+    for hop in range(places):
+        owner = (here - hop) % places
+        length = sum(held[(owner - 1) % places])
+        arriving = pass_on(kv, length, group) if hop < places - 1 else None
+        dkv = torch.zeros_like(kv, dtype=torch.float32) if hop else own
+        for a, b, c, d in pairs(held[here], held[owner]):
+            known = grad[None, a:b], q[None, a:b], kv[:1, c:d], kv[1:, c:d], y[None, a:b], lse[None, a:b]
+            gq, gk, gv = flash.backward(*known)
+            dq[a:b] += gq[0]
+            dkv[0, c:d] += gk[0]
+            dkv[1, c:d] += gv[0]
         if travelling is not None:
-            own += travelling()
-        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None, None
+            dkv += travelling()  # what the places before found for these keys, which came meanwhile
+        if hop:
+            travelling = pass_on(dkv, length, group)  # with its keys, and at last to whose they are
+        if arriving is not None:
+            kv = arriving()
+    if travelling is not None:
+        own += travelling()
+    return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype)
 
 
 def pairs(queries: Lengths, keys: Lengths) -> list[tuple[int, int, int, int]]:

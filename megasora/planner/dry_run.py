@@ -254,8 +254,8 @@ class Chunks:
 
 
 @contextmanager
-def fake_processes(job: Job, rank: int) -> Iterator[Processes]:
-    """A process group of the layout's world in which this process is `rank` and nobody answers."""
+def fake_processes(job: Job, rank: int, device: str = "cpu") -> Iterator[Processes]:
+    """A process group of the layout's world in which this process is `rank` and nobody answers; tensors lie on a `device`."""
     layout = job.layout
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     concatenate = DeviceMesh._concatenate
@@ -270,7 +270,7 @@ def fake_processes(job: Job, rank: int) -> Iterator[Processes]:
     try:
         shape = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=AXES)
-        group = Processes(rank, layout.world, torch.device("cpu"), layout, mesh)
+        group = Processes(rank, layout.world, torch.device(device), layout, mesh)
         for axis in ("shard", "data", "tp", "pp", *(("ulysses",) if layout.cp > 1 else ())):
             ranks_of(axis, group)  # meshes are cut now, for that too reads ranks
         if layout.pp > 1:

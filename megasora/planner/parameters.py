@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megasora.models.families import build_model
-from megasora.parallel.plan import PLANS
+from megasora.parallel.plan import split_dim
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,6 @@ def sizes(config: Any, tp: int, shards: int) -> dict[int | str, Sizes]:
 def block_number(name: str) -> int | None:
     found = re.match(r"blocks\.(\d+)\.", name)
     return int(found[1]) if found else None
-
-
-def split_dim(family: str, name: str) -> int | None:
-    """The dimension of a parameter that the family's plan divides among the ranks of a tensor group."""
-    module, _, kind = name.rpartition(".")
-    for pattern, style in PLANS.get(family, []):
-        if re.fullmatch(pattern, module):
-            if style == "row":
-                return 1 if kind == "weight" else None
-            return None if style == "heads" else 0
-    return None
 
 
 def by_module(parameters: Iterable[Parameter]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 megasora ckpt ls runs/demo                                  step, size, layout, age, whether complete
 megasora ckpt verify runs/demo                              every file against its checksum
 megasora ckpt convert STEP_DIR OUT                          sharded -> safetensors in one piece, and back: OUT/step-XXXXXXXX
+megasora ckpt convert STEP_DIR OUT --to universal           as DeepSpeed loads it; its own forms are read as well
 megasora ckpt export STEP_DIR OUT                           -> a directory that diffusers opens
 megasora ckpt diff STEP_DIR STEP_DIR                        exit code 1 if they differ
 megasora ckpt average STEP_DIR STEP_DIR ... --output OUT    -> OUT/step-XXXXXXXX, to sample and to start from
@@ -31,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checking = actions.add_parser("verify", help="read every file and compare checksums; exit code 4 if one is damaged")
     for action in (listing, checking):
         action.add_argument("path", type=place_of, help="a run, its checkpoints directory, or one checkpoint")
-    converting = actions.add_parser("convert", help="sharded -> consolidated safetensors, or back")
+    converting = actions.add_parser(
+        "convert", help="sharded -> consolidated safetensors, back, and from and to DeepSpeed's"
+    )
+    converting.add_argument(
+        "--to", choices=("sharded", "safetensors", "universal"), help="default: safetensors of sharded, else sharded"
+    )
     exporting = actions.add_parser("export", help="to a directory of diffusers, with a parity report")
     exporting.add_argument("--weights", choices=("ema", "model"), default="ema")
     for action in (converting, exporting):
@@ -75,19 +81,24 @@ def look(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from megasora.checkpoint.convert import consolidate, is_sharded, open_checkpoint, shard
+    from megasora.checkpoint.contents import form_of, open_checkpoint
+    from megasora.checkpoint.convert import consolidate, shard, universal
 
+    form = form_of(args.path)
+    wanted = args.to or ("safetensors" if form == "sharded" else "sharded")
+    if wanted == form:
+        raise ConfigError(f"--to={wanted}: {args.path} is that already")
     source = open_checkpoint(args.path)
-    if is_sharded(args.path):
+    if wanted == "safetensors":
         _refuse_existing(args.output)
         written = consolidate(source, args.output)
     else:
-        written = [shard(source, args.output)]
+        written = [{"sharded": shard, "universal": universal}[wanted](source, args.output)]
     print(json.dumps({"written": [str(path) for path in written]}) if args.json else "\n".join(map(str, written)))
 
 
 def export(args: argparse.Namespace) -> None:
-    from megasora.checkpoint.convert import open_checkpoint
+    from megasora.checkpoint.contents import open_checkpoint
     from megasora.export import TOLERANCE, export
 
     _refuse_existing(args.output)
@@ -105,7 +116,8 @@ def export(args: argparse.Namespace) -> None:
 
 
 def diff(args: argparse.Namespace) -> None:
-    from megasora.checkpoint.convert import differences, open_checkpoint
+    from megasora.checkpoint.contents import open_checkpoint
+    from megasora.checkpoint.convert import differences
 
     a, b = (open_checkpoint(path) for path in args.paths)
     found = list(differences(a, b))
@@ -121,7 +133,8 @@ def diff(args: argparse.Namespace) -> None:
 
 
 def average(args: argparse.Namespace) -> None:
-    from megasora.checkpoint.convert import average, open_checkpoint
+    from megasora.checkpoint.contents import open_checkpoint
+    from megasora.checkpoint.convert import average
 
     try:
         weights = [float(w) for w in args.weights.split(",")] if args.weights else [1.0] * len(args.paths)

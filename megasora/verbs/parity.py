@@ -5,6 +5,7 @@ The error of a gradient is |g - ref| / max(|ref|, a thousandth of the mean gradi
 
 example:
   megasora parity --config configs/demo.yaml --layout dp2,tp2 --layout cp4
+  megasora parity --config configs/demo.yaml --layout dp2,zero3 --engine deepspeed
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megasora.build import check_engine
 from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.errors import CheckFailed, ConfigError
@@ -34,12 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", action="append", default=[], metavar="L", help="to compare; may be given several times"
     )
+    parser.add_argument("--engine", default="", help="which engine computes on the layouts; default: the config's")
     parser.add_argument("--tolerance", type=float, help="default: 1e-5, in bf16 2e-2")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--outcome", type=Path, help=argparse.SUPPRESS)  # a worker: compute, and write it here
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.engine:
+        args.overrides.append(f"--engine={args.engine}")
     config = load_config(args.config, args.overrides)
     start_logging(None, rank())
     if args.outcome:
@@ -49,11 +54,12 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("parity: give at least one --layout, such as --layout dp2,tp2")
     for text in args.layout:
         check_layout(config.model, parse_layout(text))
+        check_engine(config, parse_layout(text))
     tolerance = args.tolerance or TOLERANCE[config.precision.precision]
     results = []
     with tempfile.TemporaryDirectory() as directory:
         reference = Path(directory) / "reference"
-        start(args, "dp1", reference)
+        start(args, "dp1", reference, "--engine=torch_native")
         for number, text in enumerate(args.layout):
             file = Path(directory) / str(number)
             start(args, text, file)
@@ -82,7 +88,7 @@ def compute(config: Config, layout: str, file: Path) -> None:
             save(outcome, file)
 
 
-def start(args: argparse.Namespace, layout: str, file: Path) -> None:
+def start(args: argparse.Namespace, layout: str, file: Path, *overrides: str) -> None:
     """Runs this verb as workers on as many processes as the layout asks for."""
     world = parse_layout(layout).world
     log.info("%s on %d processes", layout, world)
@@ -98,7 +104,7 @@ def start(args: argparse.Namespace, layout: str, file: Path) -> None:
         "--config",
         str(args.config),
     ]
-    command += [f"--layout={layout}", f"--outcome={file}", *args.overrides]
+    command += [f"--layout={layout}", f"--outcome={file}", *args.overrides, *overrides]
     threads = max(1, (os.cpu_count() or 1) // world)
     done = subprocess.run(
         command, stderr=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": str(threads)} | dict(os.environ)

@@ -18,7 +18,7 @@ from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import AXES, Processes
 from megasora.parity import Outcome, compare, run
 from tests.distributed.test_layouts import FAMILIES, config_of
-from tests.harness import run_distributed
+from tests.harness import forget_groups, run_distributed
 from tests.megatron_cpu import megatron_on_cpu
 
 pytest.importorskip("deepspeed", reason="pip install -c constraints.txt 'megasora[deepspeed]'")
@@ -40,7 +40,9 @@ def outcome(json_file: str, engine: str, family: str, layout: str, precision: st
     section = DeepSpeedConfig(json=json_file, offload=offload or "none")  # type: ignore[arg-type]
     config = replace(config, engine=engine, optim=replace(config.optim, clip=CLIP), deepspeed=section)
     with megatron_on_cpu():
-        return run(config, group)
+        found = run(config, group)
+    forget_groups()
+    return found
 
 
 def outcomes(json_file: str, cases: list[tuple[str, ...]]) -> list[Outcome]:
@@ -100,7 +102,7 @@ def check(
     cases = [
         ("deepspeed", family, layout, precision) for family, several in layouts.items() for layout in several.split()
     ]
-    for rank, found in enumerate(run_distributed(outcomes, world, small, cases, timeout=900)):
+    for rank, found in enumerate(run_distributed(outcomes, world, small, cases, timeout=1500)):
         for (_, family, layout, _), computed in zip(cases, found, strict=True):
             difference = compare(reference(family, precision), computed)
             assert difference.worst <= most, f"{family} on {layout}, rank {rank}: {difference}"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megasora.checkpoint.convert import consolidate, differences, open_checkpoint
+from megasora.checkpoint.contents import open_checkpoint
+from megasora.checkpoint.convert import consolidate, differences
 from megasora.checkpoint.load import load, read_facts
 from megasora.checkpoint.manifest import verify
 from megasora.checkpoint.save import save

@@ -19,10 +19,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from megasora.models.flash import FLASH
 with FakeTensorMode():
-    q, k, v, grad = (torch.empty(256, 2, 128, dtype=torch.bfloat16, device="cuda") for _ in range(4))
+    q, k, v, grad = (torch.empty(1, 256, 2, 128, dtype=torch.bfloat16, device="cuda") for _ in range(4))
     out, lse = FLASH["flash4"].forward(q, k, v)
     dq, dk, dv = FLASH["flash4"].backward(grad, q, k, v, out, lse)
-assert (out.shape, lse.shape, dk.shape) == (q.shape, q.shape[:2], k.shape)
+assert (out.shape, lse.shape, dk.shape) == (q.shape, q.shape[:3], k.shape)
 """
 
 

@@ -1,0 +1,142 @@
+"""Attention as operators that torch.compile calls and does not look into. Lengths come as tensors on the host: they are data to
+a graph, not a part of it, so one graph serves rows of any lengths; and nothing waits for the device.
+
+Two operators, each with the one of its backward pass: attention over packed spans, by the kernels that a ring of ranks has
+(`flash`), and the turning of boxes, which brings together what sees each other.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasora.models.attention import Attention, ChosenAttention, Span, alike
+from megasora.models.flash import FLASH
+from megasora.models.packing import Order, Segments, Windows
+
+
+class AttentionOperator(ChosenAttention):
+    """Stands where a model's attention was, for blocks that are compiled."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Segments | Order, keys: Segments | Windows | Order
+    ) -> Tensor:
+        """q [L, N, K], k and v [M, N, K] -> [L, N, K]."""
+        if isinstance(queries, Order):
+            assert isinstance(keys, Order)
+            if queries.turns is None:
+                return self(q, k, v, queries.segments, keys.segments)
+            there, back = queries.turns
+            q, k, v = (turn(x, there, back) for x in (q, k, v))
+            return turn(self(q, k, v, queries.segments, keys.segments), back, there)
+        assert not isinstance(keys, Order)
+        return packed_attention(q, k, v, queries.spans, keys.spans, isinstance(keys, Windows), self.library(q))[0]
+
+    def library(self, q: Tensor) -> str:
+        """Whose kernels: torch's for 32 bits, as everywhere, and where a library keeps its logarithms for itself."""
+        here = (q.dtype != torch.float32 or self.forced) and self.name in FLASH
+        return self.name if here else "sdpa"
+
+
+def as_operator(attention: Attention) -> Attention:
+    """The same as operators."""
+    assert isinstance(attention, ChosenAttention)
+    return AttentionOperator(attention.name, attention.forced)
+
+
+def members(queries: Tensor, keys: Tensor, windows: bool) -> Iterator[tuple[int, Span]]:
+    """What `alike` finds in spans [2, S] each."""
+    return alike(zip(*queries.tolist(), *keys.tolist(), strict=True), windows)
+
+
+def stretch_of(x: Tensor, first: int, n: int, length: int) -> Tensor:
+    """[L, ...] -> [n, length, ...]: a view."""
+    return x[first : first + n * length].unflatten(0, (n, length))
+
+
+@torch.library.custom_op("megasora::packed_attention", mutates_args=())
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, windows: bool, library: str
+) -> tuple[Tensor, Tensor]:
+    """q [L, N, K], k and v [M, N, K], spans [2, S] int64 on the host -> out [L, N, K], lse [L, N] fp32. What sees no key gets
+    zeros."""
+    flash = FLASH[library]
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for n, (a, length, b, width) in members(queries, keys, windows):
+        results = [stretch_of(x, a, n, length) for x in (out, lse)]
+        found: Sequence[Tensor] = [torch.zeros_like(x) for x in results]
+        if length and width:
+            found = flash.forward(stretch_of(q, a, n, length), *(stretch_of(x, b, n, width) for x in (k, v)))
+        torch._foreach_copy_(results, list(found))
+    return out, lse
+
+
+@torch.library.custom_op("megasora::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Tensor, keys: Tensor,
+    windows: bool, library: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v."""
+    flash, grad = FLASH[library], grad.contiguous()
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    for n, (a, length, b, width) in members(queries, keys, windows):
+        if length and width:
+            mine = [stretch_of(x, a, n, length) for x in (grad, q, out, lse, dq)]
+            seen = [stretch_of(x, b, n, width) for x in (k, v, dk, dv)]
+            found = flash.backward(*mine[:2], *seen[:2], *mine[2:4])
+            torch._foreach_add_([mine[4], *seen[2:]], list(found))  # windows overlap
+    return dq, dk, dv
+
+
+@packed_attention.register_fake
+def _(q: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@packed_attention_backward.register_fake
+def _(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, queries, keys, *ctx.how = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, queries, keys)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
+    return *packed_attention_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
+packed_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("megasora::turn", mutates_args=())
+def turn(x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+    """[L, ...], which is boxes [n, A, B, ...] side by side -> the same with every box turned to [n, B, A, ...]. `there` has the
+    boxes, [G, 3] int64 on the host, `back` the turned ones."""
+    y, begin = x.new_empty(x.shape), 0
+    for n, A, B in there.tolist():
+        end = begin + n * A * B
+        y[begin:end].unflatten(0, (n, B, A)).copy_(x[begin:end].unflatten(0, (n, A, B)).transpose(1, 2))
+        begin = end
+    return y
+
+
+@turn.register_fake
+def _(x: Tensor, _there: Tensor, _back: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_boxes(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _turn_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    there, back = ctx.saved_tensors
+    return turn(grad, back, there), None, None
+
+
+turn.register_autograd(_turn_back, setup_context=_keep_boxes)
