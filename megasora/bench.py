@@ -17,9 +17,11 @@ from megasora.config import to_dict
 from megasora.device import on_gpu
 from megasora.engines.torch_native import Engine
 from megasora.errors import CheckFailed, ConfigError
-from megasora.microbatch import Recipe, build_microbatch, build_rows, training_loss
+from megasora.microbatch import MicroBatch, Recipe, build_microbatch, build_rows, training_loss
+from megasora.models.flops import forward_macs
 from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synchronize
 from megasora.observe.logs import log
+from megasora.parallel.fp8 import fp8_share, mixed_peak
 from megasora.parallel.mesh import Processes, processes
 from megasora.schema import Config
 from megasora.training_data import build_loader, open_data, synthetic_data
@@ -68,9 +70,10 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
                      "tflops_per_device": batch.flops / seconds / group.world / 1e12}
                 )  # fmt: skip
         batches.close()
+        share = share_in_fp8(config, group, engine, rows[0])
         if config.bench.costs and group.is_main:
             write_costs(config, engine, loader, recipe)
-        return report(config, group, steps, loss, peak, gemm, synthetic)
+        return report(config, group, steps, loss, peak, gemm, share, synthetic)
 
 
 class Clock:
@@ -97,6 +100,7 @@ def report(
     loss: float,
     peak: float,
     gemm: float,
+    share: float | None,
     synthetic: bool,
 ) -> dict[str, Any]:
     """The result, with the names of metrics.jsonl at the top."""
@@ -109,6 +113,8 @@ def report(
         "schema": 1, "step_time_s": median["step_time_s"], "data_wait_s": median["data_wait"],
         "tokens_per_s": median["tokens_per_s"], "tflops_per_device": median["tflops_per_device"],
         "mfu": median["tflops_per_device"] * 1e12 / peak, "mfu_gemm": median["tflops_per_device"] * 1e12 / gemm,
+        "fp8_share": share, "mfu_fp8": None if share is None else median["tflops_per_device"] * 1e12
+        / mixed_peak(share, device_peak(group.device, config.precision.precision, fp8=True), peak),
         "imbalance": statistics.mean(step["imbalance"] for step in steps),
         "imbalance_measured": measured if group.device.type == "cpu" else None,
         "tokens": median["tokens"], "samples": config.data.global_batch, "loss": loss,
@@ -125,6 +131,17 @@ def report(
     if config.bench.output and group.is_main:
         Path(config.bench.output).write_text(json.dumps(result, indent=1))
     return result
+
+
+def share_in_fp8(config: Config, group: Processes, engine: Engine, batch: MicroBatch) -> float | None:
+    """The share of a row's multiply-adds that is in fp8; None where no rank has a whole row of a whole model to count."""
+    if config.precision.fp8 == "none":
+        return 0.0
+    if group.layout.tp * group.layout.cp * group.layout.pp > 1:
+        return None
+    row = batch.row
+    macs = sum(forward_macs(config.model, s, n) for s, n in zip(row.shapes, row.caption.lengths, strict=True))
+    return fp8_share(engine.model, lambda: engine.predict(row), macs)
 
 
 def write_costs(config: Config, engine: Engine, loader: Loader, recipe: Recipe) -> None:
@@ -187,6 +204,13 @@ def compare(result: dict[str, Any], old: dict[str, Any], name: str) -> None:
         )
 
 
+def fp8_lines(result: dict[str, Any]) -> list[str]:
+    if not result["fp8_share"]:
+        return []
+    share, mfu = 100 * result["fp8_share"], 100 * result["mfu_fp8"]
+    return [f"  with fp8 {mfu:9.1f} %   of a peak in which {share:.0f} % of the multiply-adds are at fp8's"]
+
+
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     found = result["imbalance_measured"]
@@ -199,6 +223,7 @@ def table(result: dict[str, Any]) -> str:
         f"tokens/s   {result['tokens_per_s']:11,.0f}",
         f"TFLOP/s    {result['tflops_per_device']:11.4f} per device",
         f"MFU        {100 * result['mfu']:9.1f} %   of the device's peak, {100 * result['mfu_gemm']:.1f} % of a GEMM here",
+        *fp8_lines(result),
         f"imbalance  {result['imbalance']:11.3f}   predicted{measured}",
         f"memory     {result['peak_memory_bytes'] / 2**30:9.2f} GiB",
     ]

@@ -69,19 +69,19 @@ def sources(name: str, rails: str, efficiency: str) -> dict[str, str]:
 # By what a GPU's name holds; the first that fits counts.
 DEVICES: dict[str, Device] = {
     "H100 PCIe": Device(
-        "H100 PCIe", {"bf16": 756e12, "fp32": 51e12}, 79.1 * GIB, 2.0e12, 64e9, 8, 25e9, RESERVED, HOPPER,
+        "H100 PCIe", {"fp8": 1513e12, "bf16": 756e12, "fp32": 51e12}, 79.1 * GIB, 2.0e12, 64e9, 8, 25e9, RESERVED, HOPPER,
         {"peaks, bandwidth, link": "NVIDIA H100 PCIe data sheet (2022), PCIe 5.0 x16", "efficiency": ASSUMED},
     ),
     "H100": Device(
-        "H100", {"bf16": 989.4e12, "fp32": 66.9e12}, 79.1 * GIB, 3.35e12, 450e9, 8, 50e9, RESERVED, HOPPER,
+        "H100", {"fp8": 1978.9e12, "bf16": 989.4e12, "fp32": 66.9e12}, 79.1 * GIB, 3.35e12, 450e9, 8, 50e9, RESERVED, HOPPER,
         sources("H100", "DGX H100: a ConnectX-7 of 400 Gb/s a GPU", MEASURED + "; links: NCCL's bus bandwidth, assumed"),
     ),
     "H200": Device(
-        "H200", {"bf16": 989.4e12, "fp32": 66.9e12}, 139.7 * GIB, 4.8e12, 450e9, 8, 50e9, RESERVED, HOPPER,
+        "H200", {"fp8": 1978.9e12, "bf16": 989.4e12, "fp32": 66.9e12}, 139.7 * GIB, 4.8e12, 450e9, 8, 50e9, RESERVED, HOPPER,
         sources("H200", "DGX H200: a ConnectX-7 of 400 Gb/s a GPU", "the H100's; " + ASSUMED),
     ),
     "B200": Device(
-        "B200", {"bf16": 2250e12, "fp32": 75e12}, 178.3 * GIB, 8.0e12, 900e9, 8, 50e9, RESERVED,
+        "B200", {"fp8": 4500e12, "bf16": 2250e12, "fp32": 75e12}, 178.3 * GIB, 8.0e12, 900e9, 8, 50e9, RESERVED,
         Efficiency(gemm=0.68, attention=0.4, memory=0.62, link=0.75, network=0.80, operation=67e-6, overlap=0.9),
         sources("B200", "DGX B200: a ConnectX-7 of 400 Gb/s a GPU", ASSUMED),
     ),
@@ -105,13 +105,14 @@ def this_cpu(peaks: dict[str, float], share: int = 1) -> Device:
     )  # fmt: skip
 
 
-def device_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s: the data sheet's for a known GPU, else (and on every CPU) the best GEMM measured now, 0.2 s."""
+def device_peak(device: torch.device, precision: str, fp8: bool = False) -> float:
+    """FLOP/s: the data sheet's for a known GPU, else (and on every CPU) the best GEMM measured now, 0.2 s.
+    With `fp8` that of fp8 products, where the device has them."""
     if on_gpu(device):
         name = torch.cuda.get_device_name(device)
         for known, found in DEVICES.items():
             if known in name:
-                return found.peaks[precision]
+                return found.peaks.get("fp8" if fp8 else precision, found.peaks[precision])
     return gemm_peak(device, precision)
 
 

@@ -258,6 +258,15 @@ def test_bench_measures_and_compares(road: Road) -> None:
     assert json.loads(done.stdout)["world"] == 2
 
 
+def test_bench_states_what_is_in_fp8(road: Road) -> None:
+    quick = ("--data=synthetic", "--json", "--bench.warmup=0", "--bench.steps=1", "--precision.precision=bf16")
+    result = json.loads(road.run("bench", *quick, "--precision.fp8=block").stdout)
+    assert 0.2 < result["fp8_share"] < 0.9
+    assert result["mfu_fp8"] > 0
+    result = json.loads(road.run("bench", *quick).stdout)
+    assert (result["fp8_share"], result["mfu_fp8"]) == (0, pytest.approx(result["mfu"]))
+
+
 def test_ckpt_lists_and_verifies(road: Road, straight: Path) -> None:
     listed = subprocess.run(
         [*road.command("ckpt")[:3], "ckpt", "ls", str(straight), "--json"], capture_output=True, text=True, check=True
