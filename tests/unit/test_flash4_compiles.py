@@ -1,4 +1,6 @@
-"""flash-attn 4's own kernels, compiled for sm_90a without a GPU, where it is installed (pip install flash-attn-4)."""
+"""flash-attn 4's own kernels, compiled for sm_90a without a GPU, where it is installed (pip install --no-deps flash-attn-4 and
+what it asks for but torch: nvidia-cutlass-dsl with its libs-base, libs-core and libs-cu13, quack-kernels, apache-tvm-ffi,
+torch-c-dlpack-ext, cuda-bindings)."""
 
 import importlib.util
 import os
