@@ -37,8 +37,7 @@ from megasora.planner.dry_run import alone, build_step, dry_run
 from megasora.planner.job import Job, Row
 from megasora.planner.parameters import Parameter
 from megasora.planner.stages import stages
-from megasora.planner.tape import Collective
-from megasora.planner.watch import Call, watching
+from megasora.planner.watch import Call, moved, watching
 from megasora.schema import Config
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -126,11 +125,6 @@ def step_for_real(rank: int, config: Config, job: Job, port: int, results: Any) 
                 step.update()
         if group.is_main:
             results.put(watch.calls)
-
-
-def moved(calls: list[Call]) -> float:
-    """Bytes over a link."""
-    return sum(Collective(call.kind, "", len(call.ranks), call.sent, 1).moved for call in calls)
 
 
 def block_calls(job: Job) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The training step at several layouts, on synthetic latents: a table, and a report with everything needed to repeat it.
 
 python benchmarks/layouts.py --config configs/demo.yaml --nproc 2 dp2 dp2,zero2 dp2,zero3
+python benchmarks/layouts.py --config configs/demo.yaml --engines torch_native deepspeed -- dp2,zero1 dp2,zero3 dp1,tp2,zero1
 """
 
 import argparse
@@ -13,9 +14,15 @@ from pathlib import Path
 REPORTS = Path(__file__).parent / "reports"
 
 
-def measure(config: str, nproc: int, layout: str, steps: int) -> dict:
+def measure(config: str, nproc: int, engine: str, layout: str, steps: int) -> dict:
     command = [sys.executable, "-m", "megasora", "launch", "local", "--nproc", str(nproc), "bench", "--config", config]
-    command += ["--data=synthetic", "--json", f"--parallel.layout={layout}", f"--bench.steps={steps}"]
+    command += [
+        "--data=synthetic",
+        "--json",
+        f"--engine={engine}",
+        f"--parallel.layout={layout}",
+        f"--bench.steps={steps}",
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -28,20 +35,21 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each round")
     parser.add_argument("--rounds", type=int, default=2, help="the layouts in turn, so often: the machine drifts")
+    parser.add_argument("--engines", nargs="+", default=["torch_native"], help="each of them at each layout")
     parser.add_argument("layouts", nargs="+")
     args = parser.parse_args()
-    results: dict[str, list[dict]] = {layout: [] for layout in args.layouts}
+    cases = {f"{layout} {engine}": (engine, layout) for layout in args.layouts for engine in args.engines}
+    results: dict[str, list[dict]] = {name: [] for name in cases}
     for _ in range(args.rounds):
-        for layout in args.layouts:
-            results[layout].append(measure(args.config, args.nproc, layout, args.steps))
-    best = {layout: min(rounds, key=lambda r: r["step_time_s"]) for layout, rounds in results.items()}
-    first = best[args.layouts[0]]["step_time_s"]
-    print(f"{'layout':<16} {'step s':>8} {'ratio':>6} {'of GEMM':>8} {'memory GiB':>11}")
-    for layout, r in best.items():
-        memory = r["peak_memory_bytes"] / 2**30
-        print(
-            f"{layout:<16} {r['step_time_s']:8.3f} {r['step_time_s'] / first:6.2f} {r['mfu_gemm']:8.2f} {memory:11.2f}"
-        )
+        for name, case in cases.items():
+            results[name].append(measure(args.config, args.nproc, *case, args.steps))
+    best = {name: min(rounds, key=lambda r: r["step_time_s"]) for name, rounds in results.items()}
+    first = next(iter(best.values()))["step_time_s"]
+    print(f"{'layout and engine':<32} {'step s':>8} {'ratio':>6} {'of GEMM':>8} {'memory GiB':>11} {'sent MiB':>9}")
+    for name, r in best.items():
+        memory, sent = r["peak_memory_bytes"] / 2**30, r["bytes_sent"] / 2**20
+        share = r["step_time_s"] / first
+        print(f"{name:<32} {r['step_time_s']:8.3f} {share:6.2f} {r['mfu_gemm']:8.2f} {memory:11.2f} {sent:9.2f}")
     REPORTS.mkdir(exist_ok=True)
     report = REPORTS / f"{date.today()}-layouts.json"
     report.write_text(json.dumps({"command": sys.argv[1:], "results": results}, indent=1))

@@ -31,7 +31,7 @@ class Collective:
     """`count` calls of one kind over one axis of the mesh. `sent` are the bytes that each call takes in on this rank: of an
     all-gather its share, of a reduce-scatter the whole; `moved` is what each rank sends over a link."""
 
-    kind: str  # all_gather, reduce_scatter, all_reduce, all_to_all, send
+    kind: str  # all_gather, reduce_scatter, all_reduce, all_to_all, send, broadcast, reduce, scatter
     axis: str  # tp, ulysses, ring, shard, replicate, pp, ...
     ranks: int
     sent: int
@@ -43,7 +43,7 @@ class Collective:
         """Bytes that a rank sends in each call, by ring algorithms (Thakur et al. 2005)."""
         n = self.ranks
         factor = {"all_gather": n - 1, "reduce_scatter": (n - 1) / n, "all_reduce": 2 * (n - 1) / n,
-                  "all_to_all": (n - 1) / n, "send": 1}[self.kind]  # fmt: skip
+                  "all_to_all": (n - 1) / n, "send": 1, "broadcast": 1, "reduce": 1, "scatter": 1}[self.kind]  # fmt: skip
         return factor * self.sent
 
     @property

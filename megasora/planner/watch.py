@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from megasora.planner.tape import Collective
+
 KINDS = {
     "all_gather_into_tensor": "all_gather", "_allgather_base_": "all_gather", "allgather_": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter", "_reduce_scatter_base_": "reduce_scatter",
     "all_reduce": "all_reduce", "allreduce_": "all_reduce", "all_reduce_": "all_reduce",
     "all_to_all_single": "all_to_all", "alltoall_base_": "all_to_all", "send": "send",
-    "broadcast_": "broadcast",
+    "broadcast_": "broadcast", "reduce_": "reduce", "scatter_": "scatter",
 }  # fmt: skip
 
 
@@ -116,6 +118,11 @@ def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def moved(calls: Iterable[Call]) -> float:
+    """Bytes that this rank sends over its links in these calls, by ring algorithms."""
+    return sum(Collective(call.kind, "", len(call.ranks), call.sent, 1).moved for call in calls)
+
+
 @contextmanager
 def watching() -> Iterator[Watch]:
     """Also sees FSDP give back the memory of gathered weights, which it does by resizing their storage."""
@@ -158,5 +165,5 @@ def bytes_in(kind: str, name: str, args: tuple[Any, ...]) -> int:
     """What the collective takes in on this rank. In-place forms of c10d name the output first."""
     tensors = [[t for t in tree_leaves(arg) if isinstance(t, Tensor)] for arg in args]
     given = [some for some in tensors if some]
-    two = name in ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "alltoall_base_")
+    two = name in ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "alltoall_base_", "scatter_")
     return sum(t.numel() * t.element_size() for t in given[1 if two else 0])
