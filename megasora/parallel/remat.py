@@ -28,11 +28,11 @@ DEAR = re.compile(
 
 
 def recompute(blocks: Iterable[nn.Module], how: str, offload: bool = False) -> None:
-    """Makes blocks recompute themselves: none, full, selective, or everyK (the first of each K). With `offload` what they keep
-    goes to the host."""
+    """Makes blocks recompute themselves: none, full, selective, or everyK (the first of each K); auto, where nobody has chosen
+    for want of a backward pass, is none. With `offload` what they keep goes to the host."""
     every = int(how.removeprefix("every")) if how.startswith("every") else 1
     for number, block in enumerate(blocks):
-        if how != "none" and number % every == 0:
+        if how not in ("none", "auto") and number % every == 0:
             contexts = selective if how == "selective" else plain
             again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
             block.forward = partial(again, block.forward)
