@@ -21,6 +21,7 @@ from megasora.microbatch import Recipe, build_microbatch, build_rows, training_l
 from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.parallel.mesh import Processes, processes
+from megasora.planner.fitting import settle_recompute
 from megasora.schema import Config
 from megasora.training_data import build_loader, open_data, synthetic_data
 
@@ -37,7 +38,7 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
     with processes(config.parallel.layout) as group:
         data = synthetic_data(config, TEXT_TOKENS) if synthetic else open_data(config, group.device)
         check_fit(config, group, data.facts)
-        engine = build_engine(config, group)
+        engine = build_engine(settle_recompute(config, group, data), group)
         loader = build_loader(config, group, data, config.stages[0], 0, {})
         recipe = build_recipe(config, group, data.facts, config.stages[0], 0)
         batches = loader.batches(0)

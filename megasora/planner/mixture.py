@@ -77,10 +77,16 @@ class Mixture:
 
 def find_mixture(config: Config, stage: Stage, text_tokens: int | None, real: bool) -> Mixture:
     """Of the data of data.path, or (`real` false) as if every bucket of the stage were as frequent."""
+    device = torch.device("cpu")
+    data = open_data(config, device) if real else synthetic_data(config, text_tokens or UNKNOWN_TEXT)
+    return mixture_of(config, stage, data, text_tokens, real)
+
+
+def mixture_of(
+    config: Config, stage: Stage, data: TrainingData, text_tokens: int | None = None, real: bool = True
+) -> Mixture:
+    """Of data that is open already."""
     paper = OnPaper(Layout())
-    data: TrainingData = (
-        open_data(config, paper.device) if real else synthetic_data(config, text_tokens or UNKNOWN_TEXT)
-    )
     loader = build_loader(config, paper, data, stage, 0, {})
     expected = loader.expected()
     wanted = buckets_of(stage.buckets)

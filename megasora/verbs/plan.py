@@ -12,16 +12,18 @@ examples:
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megasora.config import load_config
 from megasora.errors import CheckFailed, ConfigError
 from megasora.models.families import PRESETS, parameter_count
-from megasora.observe.hardware import DEVICES
+from megasora.observe.hardware import DEVICES, GIB, Device
 from megasora.parallel.layout import Layout, parse_layout
 from megasora.parallel.plan import check_layout
 from megasora.planner.dry_run import DryRun, dry_run
+from megasora.planner.fitting import POLICIES
 from megasora.planner.job import Job, Recompute
 from megasora.planner.mixture import Mixture, find_mixture
 from megasora.planner.plan import (
@@ -34,7 +36,7 @@ from megasora.planner.plan import (
     refuse,
 )
 from megasora.planner.profiles import find_device
-from megasora.planner.search import Candidate, fewest, search
+from megasora.planner.search import Candidate, Make, best_policy, fewest, search
 from megasora.planner.step_time import Step
 from megasora.planner.tables import ranking, ranking_table, table
 from megasora.schema import Config
@@ -83,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     device = find_device(args.gpu, config.precision.precision)
     stage = find_stage(config, args.stage)
     mixture = find_mixture(config, stage, args.text_tokens, args.data == "shards")
-    recompute, every = recompute_of(config)
+    if config.parallel.memory:
+        device = replace(device, memory=config.parallel.memory * GIB + device.reserved)
     kernels = device.name != "cpu"
 
     def make(tried: Layout, policy: Recompute, often: int) -> tuple[Job, Sequence[Step]]:
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
         report_search(args, candidates, mixture, config)
         return
     check_layout(config.model, layout, None if config.parallel.across_nodes else device.node)
+    recompute, every = recompute_of(config, make, layout, device)
     job, steps = make(layout, recompute, every)
     if args.dry_run:
         report_dry_run(args, dry_run(config, job, args.rank))
@@ -138,9 +142,12 @@ def find_stage(config: Config, name: str) -> Any:
     raise ConfigError(f"--stage={name}: the config has {', '.join(stage.name for stage in config.stages)}")
 
 
-def recompute_of(config: Config) -> tuple[Recompute, int]:
-    """`every2` -> ("full", 2)."""
+def recompute_of(config: Config, make: Make, layout: Layout, device: Device) -> tuple[Recompute, int]:
+    """`every2` -> ("full", 2); auto -> as little as fits, or all."""
     policy = config.parallel.recompute
+    if policy == "auto":
+        found = best_policy(make, layout, device, POLICIES).plan
+        return (found.job.recompute, found.job.every) if found else ("full", 1)
     if policy.startswith("every"):
         return "full", int(policy.removeprefix("every"))
     for known in ("none", "selective", "full"):
