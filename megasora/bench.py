@@ -23,6 +23,7 @@ from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synch
 from megasora.observe.logs import log
 from megasora.parallel.fp8 import fp8_share, mixed_peak
 from megasora.parallel.mesh import Processes, processes
+from megasora.planner.fitting import settle_recompute
 from megasora.planner.watch import moved, watching
 from megasora.schema import Config
 from megasora.training_data import build_loader, open_data, synthetic_data
@@ -40,7 +41,7 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
     with processes(config.parallel.layout) as group:
         data = synthetic_data(config, TEXT_TOKENS) if synthetic else open_data(config, group.device)
         check_fit(config, group, data.facts)
-        engine = build_engine(config, group)
+        engine = build_engine(settle_recompute(config, group, data), group)
         loader = build_loader(config, group, data, config.stages[0], 0, {})
         recipe = build_recipe(config, group, data.facts, config.stages[0], 0)
         batches = loader.batches(0)

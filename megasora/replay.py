@@ -32,6 +32,7 @@ from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, history, read_lines
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import Processes
+from megasora.planner.fitting import settle_recompute
 from megasora.resume import logged_replacements
 from megasora.schema import Config
 from megasora.segments import Segment, segments_of
@@ -85,7 +86,7 @@ def replay(config: Config, step: int, group: Processes) -> Replay:
     run = Path(config.run.dir)
     start, path = find_nearest(config, step)
     facts: dict[str, Any] = {"breaks": []}
-    engine = build_engine(config, group, blank=path is not None)
+    engine = build_engine(settle_recompute(config, group, data), group, blank=path is not None)
     if path is not None:
         engine.materialise_optimizer()
         facts = load(path, engine.tensors(), verified=True)

@@ -38,6 +38,7 @@ from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.observe.spikes import SpikeWatch
 from megasora.parallel.mesh import Processes, node_report, processes, rank, ranks_of_nodes, spans
 from megasora.planner.check import check_plan, device_here
+from megasora.planner.fitting import settle_recompute
 from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
@@ -73,14 +74,15 @@ class Trainer:
         self.data = open_data(config, group.device)
         check_fit(config, group, self.data.facts)
         check_current(config)
-        warnings = plan_warnings(config, group, self.data)
+        fitted = settle_recompute(config, group, self.data)
+        warnings = plan_warnings(fitted, group, self.data)
         start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
         beat.keep_stacks(self.run_dir / "logs" / f"rank-{group.rank:05d}.stacks")
         self.fence = Ranks().every(
             "", lambda: take_fence(self.run_dir, config.checkpoint.fence) if group.is_main else None
         )
-        self.engine = build_engine(config, group, blank=start.source is not None)
+        self.engine = build_engine(fitted, group, blank=start.source is not None)
         load_start(start, config, self.engine)
         self.saver = Saver(
             self.run_dir / "checkpoints", config.checkpoint, self.fence.check if self.fence else None, group.device

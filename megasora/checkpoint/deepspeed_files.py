@@ -188,7 +188,7 @@ def open_zero(path: Path) -> Opened:
         return (
             mine[0]
             if parts == 1 or matches(info, WHOLE, parameter)
-            else torch.cat(mine, matches(info, ROWS, parameter))
+            else torch.cat(mine, 1 if matches(info, ROWS, parameter) else 0)
         )
 
     found: dict[str, SavedTensor] = {}
@@ -197,7 +197,7 @@ def open_zero(path: Path) -> Opened:
             for state, value in kept.items():
                 shape = list(shapes[0][parameter]) if value.ndim else []
                 if shape and parts > 1 and not matches(info, WHOLE, parameter):
-                    shape[matches(info, ROWS, parameter)] *= parts
+                    shape[1 if matches(info, ROWS, parameter) else 0] *= parts
                 found[name_of(parameter, state)] = SavedTensor(tuple(shape), value.dtype)
     return dict(sorted(found.items())), find
 

@@ -15,18 +15,28 @@ TERM = re.compile(
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the processes share the work: `auto`, or terms such as dp4,zero2 or pp2,tp4. What blocks keep for their backward pass:
-    everything (`recompute=none`), what was dear to compute (selective), what entered them (full, or of every K-th: everyK)."""
+    everything (`recompute=none`), what was dear to compute (selective), what entered them (full, or of every K-th: everyK), or as
+    much as `memory` allows (auto)."""
 
     layout: str = "auto"
     recompute: str = "none"
+    memory: float = (
+        0.0  # GiB of a device that recompute=auto may fill; 0: all that it has, and on a CPU as much as is wanted
+    )
     offload: bool = False  # what blocks keep waits in the host's memory
     plan_check: Literal["refuse", "warn", "off"] = "refuse"  # what `train` does with what cannot fit
     compile: bool = False  # blocks by torch.compile
     across_nodes: bool = False  # tp and Ulysses may be wider than a node
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"none|selective|full|every[1-9]\d*", self.recompute):
-            raise ValueError(f"recompute={self.recompute}: is not one of none, selective, full, everyK such as every2")
+        if not re.fullmatch(r"none|auto|selective|full|every[1-9]\d*", self.recompute):
+            raise ValueError(
+                f"recompute={self.recompute}: is not one of none, auto, selective, full, everyK such as every2"
+            )
+        if not self.memory >= 0:
+            raise ValueError(f"memory={self.memory}: at least 0")
+        if self.memory and self.recompute != "auto":
+            raise ValueError(f"memory={self.memory}: goes with recompute=auto, not {self.recompute}")
 
 
 @dataclass(frozen=True, kw_only=True)

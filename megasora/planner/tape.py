@@ -138,7 +138,9 @@ class Tape:
         if not self.place.sequence:
             for calls in (self.calls, self.backward_calls):
                 calls.append(("all_reduce", "tp", self.place.tp, y.size))
-            return self.value(y.rows, outputs)
+            summed = self.value(y.rows, outputs)
+            self.products.append(summed)
+            return summed
         self.calls.append(("reduce_scatter", "tp", self.place.tp, y.size))
         mine = self.value(rows, outputs)
         self.backward_calls.append(("all_gather", "tp", self.place.tp, mine.size))

@@ -16,6 +16,7 @@ examples:
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from megasora.config import load_config
 from megasora.errors import CheckFailed, ConfigError
 from megasora.microbatch import patches_of
 from megasora.models.families import PRESETS, parameter_count
-from megasora.observe.hardware import DEVICES, Device
+from megasora.observe.hardware import DEVICES, GIB, Device
 from megasora.parallel.layout import Layout, parse_layout
 from megasora.parallel.plan import check_layout
 from megasora.planner.calibrate import calibrate
@@ -38,7 +39,7 @@ from megasora.planner.mixture import Mixture, find_mixture
 from megasora.planner.plan import budget, build_plan, check_unit, facts, job_of, recompute_of, refuse
 from megasora.planner.profiles import find_device, write_profile
 from megasora.planner.report import report
-from megasora.planner.search import fewest, layouts, longest, nearest, search
+from megasora.planner.search import Make, best_policy, fewest, layouts, longest, nearest, search
 from megasora.planner.step_time import Step
 from megasora.planner.tables import ranking, ranking_table, table
 from megasora.schema import Config
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
     stage = find_stage(config, args.stage)
     data = open_data(config, torch.device("cpu")) if args.data == "shards" else None
     mixture = find_mixture(config, stage, args.text_tokens, data)
+    if config.parallel.memory:
+        device = replace(device, memory=config.parallel.memory * GIB + device.reserved)
     kernels, encoders = device.name != "cpu", encoder_bytes(config)
 
     def make(tried: Layout, policy: Recompute, often: int) -> tuple[Job, Sequence[Step]]:
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         show(args, facts(candidates[0].plan, mixture, config), ranking(candidates, args.top))
         return
     check_layout(config.model, layout, None if config.parallel.across_nodes else device.node)
-    job, steps = make(layout, *recompute_of(config.parallel))
+    job, steps = make(layout, *settled(config, make, layout, device))
     if args.longest:
         report_longest(args, config, job, device, stage, mixture)
         return
@@ -180,6 +183,14 @@ def report_longest(
     answer["longest"] = {"frames": frames, "seconds": frames / fps, "fps": fps, "height": bucket.height,
                          "width": bucket.width, "tokens": found[0] * H * W}  # fmt: skip
     show(args, answer)
+
+
+def settled(config: Config, make: Make, layout: Layout, device: Device) -> tuple[Recompute, int]:
+    """What blocks recompute; where the config leaves that to memory, as little as fits, or all."""
+    if config.parallel.recompute != "auto":
+        return recompute_of(config.parallel)
+    found = best_policy(make, layout, device).plan
+    return (found.job.recompute, found.job.every) if found else ("full", 1)
 
 
 def report_calibration(args: argparse.Namespace) -> None:
