@@ -33,6 +33,10 @@ class ParallelConfig:
             raise ValueError(
                 f"recompute={self.recompute}: is not one of none, auto, selective, full, everyK such as every2"
             )
+        if self.offload and self.recompute == "selective":
+            raise ValueError(
+                "offload=True: selective keeps what it keeps where it is; with offload use none, full or everyK"
+            )
         if not self.memory >= 0:
             raise ValueError(f"memory={self.memory}: at least 0")
         if self.memory and self.recompute != "auto":

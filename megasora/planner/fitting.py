@@ -57,7 +57,8 @@ def room_of(config: Config, group: Processes) -> float:
 
 def cheapest(jobs: Sequence[Job], room: float, config: Config) -> tuple[Recompute, int]:
     """What to recompute, and of how many blocks one, so that every job fits."""
-    whole = config.engine == "deepspeed" and jobs[0].layout.zero == 3  # there a block is repeated whole or not at all
+    # There a block is repeated whole or not at all.
+    whole = config.parallel.offload or (config.engine == "deepspeed" and jobs[0].layout.zero == 3)
     for recompute, every in (policy for policy in POLICIES if not (whole and policy[0] == "selective")):
         needs = max(needed(replace(job, recompute=recompute, every=every)) for job in jobs)
         if needs <= room:
