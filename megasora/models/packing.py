@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from megasora.device import on_gpu
+
 Patch = tuple[int, int, int]
 Shape = tuple[int, int, int]  # T, H, W
 
@@ -21,7 +23,7 @@ Shape = tuple[int, int, int]  # T, H, W
 def on_device(x: Tensor | Sequence[float], device: torch.device) -> Tensor:
     """What is on the host, on a device, without waiting for it: that takes pinned memory."""
     x = x if isinstance(x, Tensor) else torch.tensor(x)
-    moves = x.device.type == "cpu" and device.type == "cuda"
+    moves = x.device.type == "cpu" and on_gpu(device)
     return x.pin_memory().to(device, non_blocking=True) if moves else x.to(device)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from megasora.device import on_gpu
 from megasora.errors import ConfigError
 from megasora.observe.hardware import GIB, RESERVED
 from megasora.observe.logs import log
@@ -32,7 +33,7 @@ def settle_recompute(config: Config, group: Processes, data: TrainingData) -> Co
             config,
             group.layout,
             find_mixture(config, stage, None, data).steps(group.layout),
-            kernels=group.device.type == "cuda",
+            kernels=on_gpu(group.device),
             encoders=encoder_bytes(config),
         )
         for stage in config.stages
@@ -48,7 +49,7 @@ def room_of(config: Config, group: Processes) -> float:
     """Bytes for weights and what comes and goes: the config's, or what the smallest of the devices has. On a CPU no bound."""
     if config.parallel.memory:
         return config.parallel.memory * GIB
-    if group.device.type != "cuda":
+    if not on_gpu(group.device):
         return math.inf
     found = torch.tensor(torch.cuda.get_device_properties(group.device).total_memory - RESERVED, device=group.device)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
