@@ -83,7 +83,8 @@ def transient(job: Job, tape: Tape) -> int:
     """The most that a block's backward pass has besides: gradients on their way through the MLP, the widest place."""
     place, model = tape.place, job.model
     wide = (place.attended + place.own_text) * model.ffn // place.tp
-    narrow = (place.tokens + place.own_text) * model.width
+    # Under sequence parallelism gradients are whole rows on both sides of a split layer: gathered, or not yet scattered.
+    narrow = ((place.attended if place.sequence else place.tokens) + place.own_text) * model.width
     return 2 * (wide + narrow) * job.width_bytes
 
 
@@ -130,9 +131,8 @@ def backward_moment(job: Job, stage: Stage, of_block: dict[int, int], whole: int
     around = 0
     if stage.first:
         around += enter(job.model, place).saved + place.text * job.model.width * job.width_bytes
-    if stage.last:
-        around += leave(job.model, place).saved
-    one_row = float(sum(kept(job, stage, tape, number) for number, tape in blocks.items()) + around)
+    head = leave(job.model, place).saved if stage.last else 0  # gone when the blocks' turn comes
+    one_row = float(sum(kept(job, stage, tape, number) for number, tape in blocks.items()) + around + head)
     # Gradients of rows before stay whole until the last row's are there to be reduced; those of a first row come block by block,
     # and only the rows that are left are held beside what others have given.
     full = one_row * stage.held
@@ -143,20 +143,23 @@ def backward_moment(job: Job, stage: Stage, of_block: dict[int, int], whole: int
     moments = [
         moment
         for live, gradients in begins
-        for moment in backward(job, stage, blocks, of_block, whole, live, gradients)
+        for moment in backward(job, stage, blocks, of_block, whole, live, gradients, head)
     ]
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def backward(
-    job: Job, stage: Stage, blocks: dict[int, Tape], of_block: dict[int, int], whole: int, live: float, gradients: float
-) -> Iterator[dict[str, float]]:
-    """One row's backward pass, block by block, from so many bytes of activations and gradients on: while a block is in its
-    backward pass, and when it is through and its gradients are on their way to be reduced. Those of FSDP are then put together in
-    fp32; DDP's buckets hold every gradient once more."""
+    job: Job, stage: Stage, blocks: dict[int, Tape], of_block: dict[int, int], whole: int, live: float, gradients: float,
+    head: int,
+) -> Iterator[dict[str, float]]:  # fmt: skip
+    """One row's backward pass, from so many bytes of activations and gradients on: in the head, whose tensors are then gone, and
+    block by block: while a block is in its backward pass, and when it is through and its gradients are on their way to be
+    reduced. Those of FSDP are then put together in fp32; DDP's buckets hold every gradient once more."""
     fsdp, rising, shards = job.layout.zero >= 2, gradients == 0.0, job.shards
     buffers = float(whole) if job.ddp else 0.0
     order = [*reversed(stage.blocks)]
+    yield parts(gathered_then(job, of_block, whole, order[0], None), live, gradients, buffers)
+    live -= head
     for number, following in zip(order, [*order[1:], None], strict=True):
         own, held = of_block[number], kept(job, stage, blocks[number], number)
         inside = max(0, blocks[number].saved - held) if again(job, stage, number) else 0

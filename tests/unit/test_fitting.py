@@ -45,15 +45,16 @@ def test_the_dearest_of_several_stages_decides() -> None:
     assert cheapest([JOB, larger], room, CONFIG) == cheapest([larger], room, CONFIG) != ("none", 1)
 
 
-def test_what_is_chosen_really_fits() -> None:
+@pytest.mark.parametrize("layout", ["tp2", "tp2:nosp", "dp2,zero1", "dp2,zero3"])
+def test_what_is_chosen_really_fits(layout: str) -> None:
     """Counted on a step of the engine, which knows nothing of the closed form. Average and batch are not counted there."""
-    several = replace(JOB, layout=parse_layout("dp2,zero1"), row=Row((((8, 16, 8), 16),), 1024))
+    several = replace(JOB, layout=parse_layout(layout), row=Row((((8, 16, 8), 16),), 1024))
     found = {}
     for recompute, every in (POLICIES[0], *POLICIES[1::2], POLICIES[-1]):
         job = replace(several, recompute=recompute, every=every)
         counted, parts = dry_run(CONFIG, job).compared, memory(job).parts
         found[job.policy] = sum(counted[name][0] for name in ("weights", "optimizer", "peak of what comes and goes"))
-        assert found[job.policy] <= needed(job) - parts["ema"] - parts["batch"] < 1.3 * found[job.policy]
+        assert found[job.policy] <= needed(job) - parts["ema"] - parts["batch"] < 1.2 * found[job.policy]
     assert found["none"] > found["every2"] > found["full"]
     assert found["none"] > found["selective"] > found["full"]
 
