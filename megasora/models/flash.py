@@ -2,7 +2,8 @@
 of calls that a ring of ranks needs, which hands out the logarithms of the sums.
 
 Libraries are imported when they are called. Those for GPUs are held to their sources' signatures in tests/unit/test_libraries.py;
-on a GPU torch's own, cuDNN's and our Triton kernels have run (an H100: exact in parts, tests/gpu), the others never.
+on a GPU torch's own, cuDNN's and our Triton kernels have run (an H100: exact in parts, tests/gpu), before these calls took
+several sequences at once; the others never.
 """
 
 import importlib.util
