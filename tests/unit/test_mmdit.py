@@ -76,10 +76,14 @@ def test_packed_equals_one_by_one_in_outputs_and_every_gradient(config: MMDiTCon
         alone = model(make_row([i]))
         assert torch.allclose(alone, packed[a:b], rtol=1e-5, atol=1e-5)
         (alone * target[a:b]).sum().backward()
-    floor = 1e-3 * torch.stack([g.norm() for g in gradients.values()]).norm() / len(gradients) ** 0.5
+    usual = torch.stack([g.norm() for g in gradients.values()]).norm() / len(gradients) ** 0.5
     for name, parameter in model.named_parameters():
-        error = (parameter.grad - gradients[name]).norm() / max(parameter.grad.norm(), floor)
         # A bias of the keys moves every score of a query alike: with QK-norm it has a gradient, in the refiner none.
+        none = name.startswith("text_embed.blocks") and name.endswith("k.bias")
+        if none:
+            assert max(parameter.grad.norm(), gradients[name].norm()) <= 1e-6 * usual, name
+            continue
+        error = (parameter.grad - gradients[name]).norm() / max(parameter.grad.norm(), 1e-3 * usual)
         assert error <= 1e-5, f"{name}: {error}"
 
 

@@ -62,12 +62,13 @@ def test_black_is_what_blackdetect_calls_black() -> None:
 
 def test_static_is_what_freezedetect_calls_frozen() -> None:
     rng = np.random.default_rng(0)
-    grey = rng.integers(0, 200, (12, 40, 50)).astype(np.uint8)
+    # 64 wide: FFmpeg's sums take whole vectors of the machine, and beyond a row lies what was there before.
+    grey = rng.integers(0, 200, (12, 40, 64)).astype(np.uint8)
     for t in (4, 5, 6, 7):
         grey[t] = grey[3]
-        grey[t, :, :9] += np.uint8(t % 2)  # a mean change of 0.18 of 255, below a thousandth
+        grey[t, :, :12] += np.uint8(t % 2)  # a mean change of 0.19 of 255, below a thousandth
     grey[10] = grey[9]
-    grey[10, :, :20] += 1  # 0.4: above
+    grey[10, :, :26] += 1  # 0.4: above
     assert static_share(grey) == pytest.approx(4 / 11)
     spans = marked_by_ffmpeg(grey, "freezedetect", "n=0.001:d=1.5")
     assert spans == [(3.0, 8.0)]
