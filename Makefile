@@ -4,6 +4,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
+# How many test files run at a time.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -34,10 +36,10 @@ demo: setup ## the whole road on real video: clips, shards, VAE, latents, traini
 test test-all: export OMP_NUM_THREADS = 1
 
 test: setup ## the tests, without the long cases; what was skipped, and why, is listed at the end
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not long"
 
 test-all: setup ## the tests with the full matrices
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: setup ## ruff, mypy, shellcheck, hadolint
 	$(BIN)/ruff check .

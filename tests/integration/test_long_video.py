@@ -62,4 +62,5 @@ def test_what_cannot_be_made_is_one_line(
     assert main(["sample", "--config", str(road.config), f"--run.dir={straight}", *how]) == 2
     error = capsys.readouterr().err
     assert line in error
-    assert len(error.strip().splitlines()) == 1
+    # Which attention was taken is logged once a process, by whichever test comes first.
+    assert len([said for said in error.splitlines() if not said.startswith("attention: ")]) == 1
