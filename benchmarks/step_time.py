@@ -19,6 +19,7 @@ from typing import Any
 from megasora.bench import TEXT_TOKENS
 from megasora.planner.calibrate import Run, calibrate, fit
 
+CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
 # Width, depth, frames, side in pixels, samples of a step.
 SHAPES = [
     (256, 4, 17, 128, 4), (256, 4, 33, 256, 1), (384, 4, 17, 128, 4), (384, 8, 5, 128, 4), (512, 4, 17, 128, 2),
@@ -37,7 +38,8 @@ def overrides(width: int, depth: int, frames: int, side: int, batch: int) -> lis
 
 
 def measure(shape: tuple[int, int, int, int, int], steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "megasora", "bench", "--data=synthetic", "--json", *overrides(*shape)]
+    command = [sys.executable, "-m", "megasora", "bench", "--config", str(CONFIG), "--data=synthetic", "--json"]
+    command += overrides(*shape)
     command += ["--bench.warmup=2", f"--bench.steps={steps}"]
     found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     return found
