@@ -31,6 +31,7 @@ VERBS: dict[str, str] = {
     "ckpt": "list, verify, convert, export, compare and average checkpoints",
     "doctor": "is this node, and are the links between nodes, fit for a job?",
     "accept": "doctor, kernels, parity and bench of a new cluster, in one record",
+    "compare": "runs side by side, and whether their losses agree",
     "goodput": "where the wall time of a run went",
     "launch": "start a verb on several processes, here or under SLURM, keeping its exit code",
 }

@@ -1,5 +1,6 @@
 """Charts as inline SVG, and pages of them: one HTML file that opens in any browser without a network."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,41 @@ def stacked_bars(
         drawn.append(f'<text x="{x + 6:.1f}" y="{y + 13.5}">{escape(bar.note or f"{bar.total:.3g}")}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 24}" role="img">'
     return "\n".join([head, *drawn, "</svg>"])
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], unit: str, height: int = 260) -> str:
+    """Lines through (x, y) points, one a name, on one scale whose vertical axis spans what there is; `unit` is that of x."""
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return paragraph("Nothing to draw.", "note")
+    colour = dict(zip(series, itertools.cycle(COLOURS)))
+    left, (x_low, x_high), (y_low, y_high) = 90, *(spread(values) for values in zip(*points, strict=True))
+    drawn, top = legend_of(list(series), colour)
+    top += 10
+    bottom = top + height
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = left + share * (WIDTH - left - 20), bottom - share * height
+        drawn.append(f'<line x1="{left}" y1="{y:.1f}" x2="{WIDTH - 20}" y2="{y:.1f}"/>')
+        label = f"{y_low + share * (y_high - y_low):.4g}"
+        drawn.append(f'<text class="faint" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        label = f"{x_low + share * (x_high - x_low):.5g}" + (f" {unit}" if share == 1 else "")
+        drawn.append(f'<text class="faint" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(label)}</text>')
+    for name, line in series.items():
+        path = " ".join(
+            f"{left + (x - x_low) / (x_high - x_low) * (WIDTH - left - 20):.1f},"
+            f"{bottom - (y - y_low) / (y_high - y_low) * height:.1f}"
+            for x, y in line
+        )
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour[name]}" stroke-width="1.6">'
+                     f"<title>{escape(name)}</title></polyline>")  # fmt: skip
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 26}" role="img">'
+    return "\n".join([head, *drawn, "</svg>"])
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the most, never the same."""
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0))
 
 
 def parts_of(bars: Sequence[Bar]) -> list[str]:
