@@ -14,7 +14,8 @@ def write_run(path: Path, losses: list[float | None], orders: str = "", layout: 
     path.mkdir()
     lines = [
         {"attempt": 0, "step": 1 + i, "loss": loss, "grad_norm": 1.0, "lr": 1e-3, "samples": 4,
-         "order": (orders or "abcdefgh")[i], "step_time_s": 0.5 + 0.01 * i, "data_wait_s": 0.0, "tokens_per_s": 100.0, "mfu": 0.5, "imbalance": 1.0,
+         "order": (orders or "abcdefgh")[i],
+         "step_time_s": 0.5 + 0.01 * i, "data_wait_s": 0.0, "tokens_per_s": 100.0, "mfu": 0.5, "imbalance": 1.0,
          "peak_memory_bytes": 1000 + i, "world": 1, "layout": layout}
         for i, loss in enumerate(losses)
     ]  # fmt: skip
