@@ -24,8 +24,8 @@ from megasora.training_data import TrainingData, describe_difference
 # Sections and keys that may differ between a checkpoint and the run that resumes it, because losses do not depend on them.
 # data.path may move: the index's fingerprint is what counts.
 FREE = (
-    "run", "engine", "deepspeed", "parallel", "observe", "checkpoint", "sample", "eval", "bench", "prepare", "train_vae", "vae",
-    "encode",
+    "run", "engine", "deepspeed", "parallel", "observe", "checkpoint", "sample", "eval", "bench", "profile", "prepare",
+    "train_vae", "vae", "encode",
     "model.attention", "model.preset", "data.path", "data.capacity", "data.row_multiple", "data.costs", "data.segments",
     "data.prefetch", "data.readers", "data.workers", "data.cache", "data.cache_gb", "data.max_replacements",
 )  # fmt: skip

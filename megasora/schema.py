@@ -23,6 +23,7 @@ from megasora.engines.torch_native import EngineConfig
 from megasora.models.families import CLASSIFIERS, AnyModelConfig
 from megasora.models.vae import VAEConfig
 from megasora.models.video_dit import VideoDiTConfig
+from megasora.observe.profiler import ProfileConfig
 from megasora.observe.spikes import SpikeConfig
 from megasora.parallel.layout import ParallelConfig
 from megasora.vae_training import TrainVAEConfig
@@ -239,10 +240,14 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages: a run needs at least one")
+        last = self.run.steps or sum(stage.steps for stage in self.stages)
+        if self.profile.span[0] > last:
+            raise ValueError(f"profile.steps={self.profile.steps}: the run has {last} steps")
         classifier = self.model.family in CLASSIFIERS
         if (self.objective == "classify") != classifier:
             wanted = "classify" if classifier else "flow or gaussian"

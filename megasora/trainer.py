@@ -35,6 +35,7 @@ from megasora.models.families import parameter_count
 from megasora.observe.hardware import device_peak, peak_memory, synchronize
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
+from megasora.observe.profiler import StepProfiler
 from megasora.observe.spikes import SpikeWatch
 from megasora.parallel.mesh import Processes, node_report, processes, rank, ranks_of_nodes, spans
 from megasora.planner.check import check_plan, device_here
@@ -92,6 +93,7 @@ class Trainer:
         self.step, self.obey, self.breaks = start.step, start.obey, start.breaks
         self.segments = segments_of(config, self.breaks)
         self.last = self.segments[-1].end
+        self.profiler = StepProfiler(config.profile, self.run_dir, group.device, group.rank)
         self.journal = Journal(self.run_dir, config.observe.tensorboard) if group.is_main else None
         for warning in warnings:
             log.warning("%s", warning)
@@ -138,6 +140,7 @@ class Trainer:
         batches = loader.batches(self.step - segment.first)
         while self.step < segment.end:
             begin = time.perf_counter()
+            self.profiler.begin(self.step + 1)
             self.beat.enter(self.step + 1, "data")
             batch, stopping = self.next_batch(batches, segment.number)
             data_wait = time.perf_counter() - begin
@@ -148,6 +151,7 @@ class Trainer:
             loss, grad_norm = self.train_step(batch, recipe, lr)
             self.step += 1
             self.record(stage, batch, loss, grad_norm, lr, time.perf_counter() - begin, data_wait)
+            self.profiler.end(self.step)
             for slow in self.own_times.add(self.own_wait, self.forward_s):
                 self.event("slow_rank", step=self.step, **vars(slow))
                 log.warning("slow: %s", slow)
@@ -378,6 +382,7 @@ class Trainer:
             self.journal.event(kind, **facts)
 
     def close(self) -> None:
+        self.profiler.close()
         self.saver.close()
         if self.fence:
             self.fence.release()

@@ -5,6 +5,7 @@ Run again with the same config it goes on from the newest good checkpoint. SIGTE
 examples:
   megasora train --config configs/demo.yaml
   megasora launch local --nproc 2 train --config configs/demo.yaml --optim.lr=2e-4 --run.dir=runs/second
+  megasora train --config configs/demo.yaml --run.dir=runs/profiled --run.steps=12 --profile.steps=10-12
 """
 
 import argparse
@@ -17,7 +18,7 @@ from megasora.trainer import train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(
         parser, "run", "data", "model", "flow", "optim", "stages", "parallel", "precision", "checkpoint", "sample",
-        "observe",
+        "observe", "profile",
     )  # fmt: skip
 
 

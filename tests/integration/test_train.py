@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,20 @@ def test_muon_trains(road: Road) -> None:
     road.run("train", f"--run.dir={run}", "--optim.name=muon", "--run.steps=12")
     losses = [m["loss"] for m in history(run)]
     assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_steps_are_profiled_on_every_rank(road: Road, straight: Path) -> None:
+    run = road.directory / "profiled"
+    road.run("train", f"--run.dir={run}", "--run.steps=5", "--profile.steps=3-4", nproc=2)
+    assert [m["loss"] for m in history(run)] == pytest.approx([m["loss"] for m in history(straight)[:5]], rel=1e-4)
+    for rank in (0, 1):
+        table = (run / f"profile/rank-0000{rank}.txt").read_text()
+        assert "aten::addmm" in table
+        assert re.search(r"all_reduce +\d+ calls", table)
+        trace = json.loads((run / f"profile/rank-0000{rank}.pt.trace.json").read_text())
+        names = [event.get("name") for event in trace["traceEvents"]]
+        assert sum(name == "aten::_foreach_norm" for name in names) == 2  # two steps
+    road.run("train", f"--run.dir={run}", "--profile.steps=50", code=2)
 
 
 def test_bench_measures_and_compares(road: Road) -> None:

@@ -1,0 +1,153 @@
+"""Some steps of a run under torch's profiler: a trace of every rank, its largest costs, and what communication was hidden."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from megasora.device import on_gpu
+from megasora.observe.logs import log
+
+ROWS = 20  # operators in the table
+
+Span = tuple[float, float]  # microseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """`steps`: those to profile, such as 10-12 or 10; none if empty. Written to RUN/profile."""
+
+    steps: str = ""
+
+    def __post_init__(self) -> None:
+        first, last = self.span
+        if self.steps and not 1 <= first <= last:
+            raise ValueError(f"steps={self.steps}: such as 10-12 or 10, the first step is 1")
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first and the last step; (0, -1) where there is none or it cannot be read."""
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.steps)
+        return (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+
+
+def profiler(device: torch.device) -> profile:
+    """Of this process, and of the device's kernels where there are any."""
+    return profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu(device))
+
+
+class StepProfiler:
+    """`begin` and `end` are called around every step; outside the steps that are asked for they do nothing.
+
+    Each rank writes rank-NNNNN.pt.trace.json (for ui.perfetto.dev, or TensorBoard's profiler), rank-NNNNN.txt with the operators
+    that cost most, and on a GPU rank-NNNNN.memory.pickle for pytorch.org/memory_viz. The last never ran on a GPU.
+    """
+
+    def __init__(self, config: ProfileConfig, run: Path, device: torch.device, rank: int) -> None:
+        self.first, self.last = config.span
+        self.path, self.device = run / "profile" / f"rank-{rank:05d}", device
+        self.running: profile | None = None
+
+    def begin(self, step: int) -> None:
+        if step != self.first:
+            return
+        if on_gpu(self.device):
+            torch.cuda.memory._record_memory_history()
+        self.running = profiler(self.device)
+        self.running.start()
+
+    def end(self, step: int) -> None:
+        if step >= self.last:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is: a run may end before the last of the steps."""
+        if self.running is None:
+            return
+        found, self.running = self.running, None
+        found.stop()
+        try:
+            self._write(found)
+        except OSError as error:
+            log.warning("the profile cannot be written: %s", error)
+
+    def _write(self, found: profile) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        found.export_chrome_trace(f"{self.path}.pt.trace.json")
+        text = "\n".join([largest(found, self.device), *lines_of(communication(found.events(), self.device))])
+        self.path.with_suffix(".txt").write_text(text + "\n")
+        if on_gpu(self.device):
+            torch.cuda.memory._dump_snapshot(f"{self.path}.memory.pickle")
+            torch.cuda.memory._record_memory_history(enabled=None)
+        log.info("profile in %s.*", self.path)
+
+
+def largest(found: profile, device: torch.device) -> str:
+    """A table of the operators whose own time is largest."""
+    kind = "cuda" if on_gpu(device) else "cpu"
+    return str(found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=ROWS, max_name_column_width=60))
+
+
+def communication(events: Iterable[Any], device: torch.device) -> dict[str, dict[str, float]]:
+    """By kind of collective on this rank: calls, seconds from its start to its end, and how many of these seconds are hidden,
+    which is while this rank computes. The others are exposed: it waits for the exchange, or for ranks that come to it later."""
+    spans: dict[str, list[Span]] = {}
+    busy: list[Span] = []
+    for event in events:
+        span = (event.time_range.start, event.time_range.end)
+        on_device = event.device_type == DeviceType.CUDA
+        if on_gpu(device) and not on_device:
+            continue
+        if name := kind_of(event.name):
+            spans.setdefault(name, []).append(span)
+        elif on_device or (not event.cpu_children and not event.is_async and event.name.startswith("aten::")):
+            busy.append(span)
+    busy = union(busy)
+    found = {}
+    for name, these in sorted(spans.items()):
+        whole = union(these)
+        found[name] = {"calls": len(these), "seconds": 1e-6 * length(whole), "hidden_s": 1e-6 * overlap(whole, busy)}
+    return found
+
+
+def kind_of(name: str) -> str:
+    """all_reduce and the like, of what gloo's threads or NCCL's kernels are called; empty for anything else."""
+    if name.startswith("gloo:"):
+        return name.removeprefix("gloo:")
+    if name.startswith("ncclDevKernel_"):
+        return name.removeprefix("ncclDevKernel_").split("_")[0].split("(")[0]
+    return ""
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The same time in spans that are in order and apart."""
+    found: list[Span] = []
+    for begin, end in sorted(spans):
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((begin, end))
+    return found
+
+
+def length(spans: Iterable[Span]) -> float:
+    return sum(end - begin for begin, end in spans)
+
+
+def overlap(some: list[Span], others: list[Span]) -> float:
+    """Of two unions, the time that both have."""
+    both = length(union([*some, *others]))
+    return length(some) + length(others) - both
+
+
+def lines_of(found: dict[str, dict[str, float]]) -> list[str]:
+    """What `communication` found, for people."""
+    return [
+        f"{kind:<16} {int(of['calls']):6d} calls {of['seconds']:9.4f} s, of which {of['hidden_s']:.4f} s hidden behind computing"
+        for kind, of in found.items()
+    ]
