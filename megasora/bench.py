@@ -1,28 +1,34 @@
 """The benchmark of a training step: the trainer's own engine, loader and micro-batches, each part timed apart."""
 
 import json
+import math
 import platform
+import shutil
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from data_pipelines.loader import Loader
+from data_pipelines.loader import Loader, StepBatch
 from megasora import __version__
 from megasora.build import build_engine, build_recipe, check_fit
+from megasora.checkpoint.saver import Saver
 from megasora.config import to_dict
 from megasora.device import on_gpu
 from megasora.engines.torch_native import Engine
-from megasora.errors import CheckFailed, ConfigError
 from megasora.microbatch import MicroBatch, Recipe, build_microbatch, build_rows, training_loss
 from megasora.models.flops import forward_macs
-from megasora.observe.hardware import device_peak, gemm_peak, peak_memory, synchronize
+from megasora.observe.hardware import copy_peak, device_peak, gemm_peak, joules, peak_memory, synchronize
 from megasora.observe.logs import log
+from megasora.observe.profiler import communication, labelled, lines_of, profiler
 from megasora.parallel.fp8 import fp8_share, mixed_peak
 from megasora.parallel.mesh import Processes, processes
+from megasora.parallel.zero import local
 from megasora.planner.fitting import settle_recompute
 from megasora.planner.watch import moved, watching
 from megasora.schema import Config
@@ -33,10 +39,10 @@ PARTS = ("data_wait", "microbatch", "forward_backward", "clip", "update")
 
 
 def bench(config: Config, synthetic: bool) -> dict[str, Any]:
-    """Runs bench.warmup + bench.steps updates of the first stage; all ranks return the same result.
+    """Runs updates of the first stage: until they are steady, then bench.steps that count; all ranks return the same result.
 
     Times are the main process's medians. A step's FLOPs are the closed form of its samples; `mfu` is over the device's dense
-    peak, `mfu_gemm` over the best matrix product of this very run.
+    peak, `mfu_gemm` over the best matrix product of this very run. `profiled` is one step more, under the profiler.
     """
     with processes(config.parallel.layout) as group:
         data = synthetic_data(config, TEXT_TOKENS) if synthetic else open_data(config, group.device)
@@ -45,41 +51,91 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
         loader = build_loader(config, group, data, config.stages[0], 0, {})
         recipe = build_recipe(config, group, data.facts, config.stages[0], 0)
         batches = loader.batches(0)
+        warm: list[float] = []
+        while not warmed(warm, config.bench.warmup):
+            warm.append(agreed(take_step(config, engine, batches, recipe)["step_time_s"], group.device))
+            log.info("bench: warm-up %d %.3f s", len(warm), warm[-1])
         precision = config.precision.precision
-        peak, gemm = device_peak(group.device, precision), gemm_peak(group.device, precision)
+        peak, copy, energy = device_peak(group.device, precision), copy_peak(group.device), joules(group.device)
         steps: list[dict[str, float]] = []
-        loss = 0.0
-        for number in range(config.bench.warmup + config.bench.steps):
-            clock = Clock(group.device)
-            batch = next(batches)
-            clock.lap("data_wait")
-            rows = build_rows(batch, recipe)
-            clock.lap("microbatch")
-            busy = time.thread_time()
-            loss = engine.forward_backward(rows, training_loss(recipe)).item()
-            busy = time.thread_time() - busy  # on a CPU: the time that this rank computes, not what it waits for others
-            clock.lap("forward_backward")
-            engine.clip().item()
-            clock.lap("clip")
-            engine.update(config.optim.lr)
-            clock.lap("update")
-            log.info("bench: step %d/%d %.3f s", number + 1, config.bench.warmup + config.bench.steps, clock.total)
-            if number >= config.bench.warmup:
-                seconds = clock.total
-                steps.append(
-                    {**clock.laps, "step_time_s": seconds, "busy": busy, "tokens": batch.tokens, "imbalance": batch.imbalance,
-                     "tokens_per_s": batch.tokens / seconds,
-                     "tflops_per_device": batch.flops / seconds / group.world / 1e12}
-                )  # fmt: skip
-        with watching() as watch:  # one step more, which is not timed
-            engine.forward_backward(build_rows(next(batches), recipe), training_loss(recipe))
-            engine.clip()
-            engine.update(config.optim.lr)
+        rounds: list[dict[str, float]] = []
+        for share in split(config.bench.steps, config.bench.rounds):
+            gemm = gemm_peak(group.device, precision)
+            these = [take_step(config, engine, batches, recipe) for _ in range(share)]
+            steps += these
+            rounds.append({"gemm_flops": gemm, "step_time_s": statistics.median(step["step_time_s"] for step in these)})
+            log.info("bench: step %d/%d %.3f s", len(steps), config.bench.steps, rounds[-1]["step_time_s"])
+        used = joules(group.device)
+        found = report(config, group, steps, rounds, peak)
+        with watching() as watch:  # steps more, which are not timed
+            take_step(config, engine, batches, recipe)
+        with profiler(group.device) as profiled:
+            whole = take_step(config, engine, batches, recipe)["step_time_s"]
+        events = profiled.events()
+        found |= {
+            "data": "synthetic" if synthetic else config.data.path, "copy_bytes_per_s": copy, "bytes_sent": moved(watch.calls),
+            "warmup": {"steps": len(warm), "steady": steady(warm)}, "memory_by_part": memory_by_part(engine),
+            "profiled": {"step_time_s": whole, "parts": labelled(events, group.device),
+                         "communication": communication(events, group.device)},
+            "energy_joules": None if energy is None or used is None else (used - energy) / len(steps),
+        }  # fmt: skip
+        found |= fp8_figures(
+            config, group, found, share_in_fp8(config, group, engine, build_rows(next(batches), recipe)[0])
+        )
         batches.close()
-        share = share_in_fp8(config, group, engine, rows[0])
+        if config.bench.checkpoint:
+            found["checkpoint"] = checkpoint_stall(config, group, engine)
         if config.bench.costs and group.is_main:
             write_costs(config, engine, loader, recipe)
-        return report(config, group, steps, loss, peak, gemm, share, moved(watch.calls), synthetic)
+        shared = [found]
+        dist.broadcast_object_list(shared)
+    if config.bench.output and group.is_main:
+        Path(config.bench.output).write_text(json.dumps(shared[0], indent=1))
+    return shared[0]
+
+
+def take_step(config: Config, engine: Engine, batches: Iterator[StepBatch], recipe: Recipe) -> dict[str, float]:
+    """One update; the seconds of its parts and of the whole, and what was in it."""
+    clock = Clock(recipe.device)
+    batch = next(batches)
+    clock.lap("data_wait")
+    rows = build_rows(batch, recipe)
+    clock.lap("microbatch")
+    busy = time.thread_time()
+    loss = engine.forward_backward(rows, training_loss(recipe)).item()
+    busy = time.thread_time() - busy  # on a CPU: the time that this rank computes, not what it waits for others
+    clock.lap("forward_backward")
+    engine.clip().item()
+    clock.lap("clip")
+    engine.update(config.optim.lr)
+    clock.lap("update")
+    return {**clock.laps, "step_time_s": clock.total, "busy": busy, "loss": loss, "tokens": batch.tokens, "flops": batch.flops,
+            "imbalance": batch.imbalance}  # fmt: skip
+
+
+def warmed(times: Sequence[float], least: int) -> bool:
+    """Whether the warm-up is over: so many steps at least, and steady, or five times as many."""
+    return len(times) >= least and (steady(times) or len(times) >= 5 * least)
+
+
+def steady(times: Sequence[float]) -> bool:
+    """Whether the last three steps were no faster, in their median, than the three before them, but for 5 %. Of fewer than six
+    steps all but the last three are what they are compared with; of three, nothing is known."""
+    before = times[-6:-3]
+    return bool(before) and statistics.median(times[-3:]) > 0.95 * statistics.median(before)
+
+
+def agreed(seconds: float, device: torch.device) -> float:
+    """The slowest rank's, on all ranks."""
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def split(steps: int, rounds: int) -> list[int]:
+    """So many steps in rounds that are alike, as many as there are steps for."""
+    rounds = min(steps, rounds)
+    return [steps * (i + 1) // rounds - steps * i // rounds for i in range(rounds)]
 
 
 class Clock:
@@ -100,44 +156,63 @@ class Clock:
 
 
 def report(
-    config: Config,
-    group: Processes,
-    steps: list[dict[str, float]],
-    loss: float,
-    peak: float,
-    gemm: float,
-    share: float | None,
-    sent: float,
-    synthetic: bool,
+    config: Config, group: Processes, steps: list[dict[str, float]], rounds: list[dict[str, float]], peak: float
 ) -> dict[str, Any]:
-    """The result, with the names of metrics.jsonl at the top."""
+    """What the timed steps tell, with the names of metrics.jsonl at the top."""
     median = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    gemm = statistics.median(one["gemm_flops"] for one in rounds)
     times = sorted(step["step_time_s"] for step in steps)
+    flops = statistics.median(step["flops"] / step["step_time_s"] for step in steps) / group.world
     every: list[list[float]] = [[] for _ in range(group.world)]
     dist.all_gather_object(every, [step["busy"] for step in steps])
     measured = statistics.mean(max(step) * len(step) / sum(step) for step in zip(*every, strict=True))
-    result = {
-        "schema": 1, "step_time_s": median["step_time_s"], "data_wait_s": median["data_wait"],
-        "tokens_per_s": median["tokens_per_s"], "tflops_per_device": median["tflops_per_device"],
-        "mfu": median["tflops_per_device"] * 1e12 / peak, "mfu_gemm": median["tflops_per_device"] * 1e12 / gemm,
-        "fp8_share": share, "mfu_fp8": None if share is None else median["tflops_per_device"] * 1e12
-        / mixed_peak(share, device_peak(group.device, config.precision.precision, fp8=True), peak),
+    return {
+        "schema": 2, "step_time_s": median["step_time_s"], "data_wait_s": median["data_wait"],
+        "tokens_per_s": statistics.median(step["tokens"] / step["step_time_s"] for step in steps),
+        "tflops_per_device": flops / 1e12, "mfu": flops / peak, "mfu_gemm": flops / gemm,
         "imbalance": statistics.mean(step["imbalance"] for step in steps),
         "imbalance_measured": measured if group.device.type == "cpu" else None,
-        "tokens": median["tokens"], "samples": config.data.global_batch, "loss": loss,
-        "peak_memory_bytes": peak_memory(group.device), "bytes_sent": sent, "world": group.world, "layout": str(group.layout),
+        "tokens": median["tokens"], "samples": config.data.global_batch, "loss": steps[-1]["loss"],
+        "peak_memory_bytes": peak_memory(group.device), "world": group.world, "layout": str(group.layout),
+        "engine": config.engine,
         "spread": {"min": times[0], "max": times[-1], "quartiles": statistics.quantiles(times, n=4) if times[1:] else []},
-        "parts": {name: median[name] for name in PARTS}, "peak_flops": peak, "gemm_flops": gemm,
-        "steps": len(steps), "data": "synthetic" if synthetic else config.data.path, "config": to_dict(config),
+        "rounds": rounds, "parts": {name: median[name] for name in PARTS}, "peak_flops": peak, "gemm_flops": gemm,
+        "steps": len(steps), "config": to_dict(config), "date": str(date.today()),
         "machine": {"device": device_name(group.device), "threads": torch.get_num_threads(),
                     "python": platform.python_version(), "torch": torch.__version__, "megasora": __version__},
     }  # fmt: skip
-    shared = [result]
-    dist.broadcast_object_list(shared)
-    result = shared[0]
-    if config.bench.output and group.is_main:
-        Path(config.bench.output).write_text(json.dumps(result, indent=1))
-    return result
+
+
+def memory_by_part(engine: Engine) -> dict[str, int]:
+    """Bytes that this process keeps of the run's state from step to step, by what it is."""
+    names = {"model": "weights", "optim": "optimizer", "ema": "ema"}
+    parts = dict.fromkeys(names.values(), 0)
+    for name, tensor in engine.tensors().items():
+        if part := names.get(name.partition("/")[0]):
+            parts[part] += local(tensor).nbytes
+    return parts
+
+
+def checkpoint_stall(config: Config, group: Processes, engine: Engine) -> dict[str, float]:
+    """Seconds that a step waits for one save in the background, and that the save takes."""
+    root = Path(config.bench.checkpoint) / "bench-checkpoint"
+    saver = Saver(root, config.checkpoint, None, group.device)
+    begin = time.perf_counter()
+    saver.start(1, engine.tensors(), {"step": 1})
+    blocked = time.perf_counter() - begin
+    saved = saver.finish()
+    saver.close()
+    dist.barrier()
+    if group.is_main:
+        shutil.rmtree(root)
+    return {"blocked_s": blocked, "seconds": saved.seconds if saved else math.inf}
+
+
+def fp8_figures(config: Config, group: Processes, found: dict[str, Any], share: float | None) -> dict[str, Any]:
+    """MFU over a peak of which a share is that of fp8."""
+    fast = device_peak(group.device, config.precision.precision, fp8=True)
+    mixed = None if share is None else found["tflops_per_device"] * 1e12 / mixed_peak(share, fast, found["peak_flops"])
+    return {"fp8_share": share, "mfu_fp8": mixed}
 
 
 def share_in_fp8(config: Config, group: Processes, engine: Engine, batch: MicroBatch) -> float | None:
@@ -180,37 +255,6 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or "cpu"
 
 
-def read_result(file: str) -> dict[str, Any]:
-    """An earlier result to compare with. Raises ConfigError when it is none."""
-    try:
-        old = json.loads(Path(file).read_text())
-        assert isinstance(old, dict)
-        relative_spread(old), old["step_time_s"] * old["gemm_flops"]
-    except OSError as error:
-        raise ConfigError(f"bench.against={file}: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, TypeError, AssertionError):
-        raise ConfigError(f"bench.against={file}: not a result of `megasora bench` with two steps or more") from None
-    return old
-
-
-def relative_spread(result: dict[str, Any]) -> float:
-    """Distance of the quartiles of the step time, over its median."""
-    first, _, third = result["spread"]["quartiles"]
-    return (third - first) / result["step_time_s"]
-
-
-def compare(result: dict[str, Any], old: dict[str, Any], name: str) -> None:
-    """Raises CheckFailed when the step, in units of the same run's GEMM, got slower by more than both runs' spread."""
-    before, after = (r["step_time_s"] * r["gemm_flops"] for r in (old, result))
-    noise = sum(relative_spread(r) for r in (old, result) if r["spread"]["quartiles"])
-    slower = after / before - 1
-    log.info("against %s: %+.1f %% (noise %.1f %%)", name, 100 * slower, 100 * noise)
-    if slower > max(noise, 0.03):
-        raise CheckFailed(
-            f"step_time_s: {100 * slower:.1f} % slower than {name}, beyond the noise of {100 * noise:.1f} %"
-        )
-
-
 def fp8_lines(result: dict[str, Any]) -> list[str]:
     if not result["fp8_share"]:
         return []
@@ -220,19 +264,29 @@ def fp8_lines(result: dict[str, Any]) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    found = result["imbalance_measured"]
+    found, warmup, profiled = result["imbalance_measured"], result["warmup"], result["profiled"]
     measured = f", {found:.3f} measured" if found is not None else ""
+    whole, parts = profiled["step_time_s"], {**profiled["parts"]}
+    state = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in result["memory_by_part"].items())
     lines = [
         f"layout {result['layout']} on {result['world']} x {result['machine']['device']}, data {result['data']}",
         f"step       {result['step_time_s']:9.4f} s   ({result['spread']['min']:.4f} to {result['spread']['max']:.4f}, "
-        f"{result['steps']} steps)",
+        f"{result['steps']} steps after {warmup['steps']} of warm-up{'' if warmup['steady'] else ', NOT STEADY'})",
         *(f"  {name:<16} {s:9.4f} s {100 * s / result['step_time_s']:5.1f} %" for name, s in result["parts"].items()),
+        f"of one more step under the profiler, {whole:.4f} s:",
+        *(f"  {name:<16} {s:9.4f} s {100 * s / whole:5.1f} %" for name, s in parts.items()),
+        *(f"  {line}" for line in lines_of(profiled["communication"])),
         f"tokens/s   {result['tokens_per_s']:11,.0f}",
         f"TFLOP/s    {result['tflops_per_device']:11.4f} per device",
         f"MFU        {100 * result['mfu']:9.1f} %   of the device's peak, {100 * result['mfu_gemm']:.1f} % of a GEMM here",
         *fp8_lines(result),
         f"imbalance  {result['imbalance']:11.3f}   predicted{measured}",
-        f"memory     {result['peak_memory_bytes'] / 2**30:9.2f} GiB",
+        f"memory     {result['peak_memory_bytes'] / 2**30:9.2f} GiB at most; from step to step {state}",
         f"sent       {result['bytes_sent'] / 2**20:9.2f} MiB a step, by the main process",
     ]
+    if "checkpoint" in result:
+        stall = result["checkpoint"]
+        lines.append(f"checkpoint {stall['blocked_s']:9.4f} s   that a step waits; written in {stall['seconds']:.2f} s")
+    if result["energy_joules"] is not None:
+        lines.append(f"energy     {result['energy_joules']:9.1f} J   a step")
     return "\n".join(lines)

@@ -1,6 +1,8 @@
 """The verbs. Each lives in `megasora/verbs`, imported only when called; errors end here, as one line and an exit code."""
 
 import argparse
+import atexit
+import contextlib
 import difflib
 import importlib
 import json
@@ -112,15 +114,15 @@ def check_command(argv: list[str]) -> None:
     if not argv or argv[0] not in VERBS or argv[0] == "launch":
         raise ConfigError(f"{argv[0] if argv else 'nothing'}: not a verb to launch; known are {', '.join(VERBS)}")
     args = parse_verb(argv)
-    if "config" in args:
+    if "config" in args and args.config is not None:
         from megasora.config import load_config
 
         load_config(args.config, args.overrides)
 
 
-def add_config_argument(parser: argparse.ArgumentParser, *sections: str) -> None:
+def add_config_argument(parser: argparse.ArgumentParser, *sections: str, required: bool = True) -> None:
     """--config, and in --help the keys of the sections that the verb reads."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument("--config", type=Path, required=required, metavar="FILE", help="YAML, see configs/")
     parser.set_defaults(sections=sections)
 
 
@@ -152,4 +154,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def console() -> None:
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if "torch.distributed" in sys.modules:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process without taking the interpreter down: a thread of gloo that drops the tensors of its last collective while
+    that happens aborts, and the exit code would be 134 (seen in one of ten runs on a busy machine)."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

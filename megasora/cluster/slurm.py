@@ -15,6 +15,15 @@ BODY = "# ---- the job"  # from this line on the template goes into every script
 WORD = re.compile(r"[A-Za-z0-9_.,:@+=/%\[\]-]+")  # what SLURM's own names and values are made of
 TASK = '"$SLURM_ARRAY_TASK_ID"'
 
+SLURM_VERBS = ("train", "encode", "prepare", "bench", "parity", "doctor", "accept", "train-vae")
+
+
+def check_numbers(*options: tuple[str, int, int]) -> None:
+    """(option, value, least). Raises ConfigError."""
+    for option, value, least in options:
+        if value < least:
+            raise ConfigError(f"launch: {option}={value}: at least {least}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from megasora.engines.fused import FusedAdamW, adamw_state
 from megasora.engines.muon import Muon, sharded_like
@@ -202,7 +203,8 @@ class TorchNative:
             self.root.set_reshard_after_backward(last or self.processes.layout.zero == 3)  # type: ignore[operator]
         if gradient is None and self.averages:
             y = y * (self.processes.layout.dp * self.processes.layout.cp)
-        y.backward(gradient)
+        with record_function("backward"):
+            y.backward(gradient)
 
     @torch.no_grad()
     def _reduce(self) -> None:
@@ -253,14 +255,16 @@ class TorchNative:
         return first_of_tensor_group and first_stage and first_replica
 
     def update(self, lr: float) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+        with record_function("optimizer"):
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
         self.discard()
         if self.ema:
-            live = [local(p) for p in self.owned.values()]
-            torch._foreach_lerp_([local(t) for t in self.ema.values()], live, 1 - self.optim.ema)
+            with record_function("ema"):
+                live = [local(p) for p in self.owned.values()]
+                torch._foreach_lerp_([local(t) for t in self.ema.values()], live, 1 - self.optim.ema)
         if self.shards is not None:
             self.shards.gather()
 
@@ -329,10 +333,11 @@ class TorchNative:
 
     @contextmanager
     def _lower(self) -> Iterator[None]:
-        """In what precision models compute."""
+        """In what precision models compute; profiles call it forward."""
         lower = self.config.precision == "bf16"
         kind = self.processes.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=False), fp8_context(self.config.fp8):
+        autocast = torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=False)
+        with record_function("forward"), autocast, fp8_context(self.config.fp8):
             yield
 
 

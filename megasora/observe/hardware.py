@@ -130,6 +130,35 @@ def gemm_peak(device: torch.device, precision: str, seconds: float = 0.2) -> flo
     return 2 * size**3 / best
 
 
+def copy_peak(device: torch.device, seconds: float = 0.1) -> float:
+    """Bytes/s of the best of repeated copies from memory to memory, read and written bytes counted."""
+    size = (1 << 30) if on_gpu(device) else (1 << 26)  # beyond the caches
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size / best
+
+
+def joules(device: torch.device) -> float | None:
+    """What the device has used so far, or the whole machine's processors; None where nobody tells. Never run on a GPU."""
+    try:
+        if on_gpu(device):
+            import pynvml  # type: ignore[import-not-found]
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+        counters = list(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except (ImportError, OSError, ValueError):
+        return None
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if on_gpu(device):

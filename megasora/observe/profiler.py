@@ -14,6 +14,7 @@ from megasora.device import on_gpu
 from megasora.observe.logs import log
 
 ROWS = 20  # operators in the table
+LABELS = ("forward", "backward", "optimizer", "ema")  # that the engine puts into a profile
 
 Span = tuple[float, float]  # microseconds
 
@@ -105,13 +106,28 @@ def communication(events: Iterable[Any], device: torch.device) -> dict[str, dict
             continue
         if name := kind_of(event.name):
             spans.setdefault(name, []).append(span)
-        elif on_device or (not event.cpu_children and not event.is_async and event.name.startswith("aten::")):
+        elif (on_device and event.name not in LABELS) or is_leaf(event):
             busy.append(span)
     busy = union(busy)
     found = {}
     for name, these in sorted(spans.items()):
         whole = union(these)
         found[name] = {"calls": len(these), "seconds": 1e-6 * length(whole), "hidden_s": 1e-6 * overlap(whole, busy)}
+    return found
+
+
+def is_leaf(event: Any) -> bool:
+    """Whether it is an operator of the processor that calls no other one: those compute."""
+    return event.name.startswith("aten::") and not event.cpu_children and not event.is_async
+
+
+def labelled(events: Iterable[Any], device: torch.device) -> dict[str, float]:
+    """Seconds of what the engine labels; on a GPU those of its kernels (never run there). A label that never came is missing."""
+    kind = DeviceType.CUDA if on_gpu(device) else DeviceType.CPU
+    found: dict[str, float] = {}
+    for event in events:
+        if event.name in LABELS and event.device_type == kind:
+            found[event.name] = found.get(event.name, 0.0) + 1e-6 * (event.time_range.end - event.time_range.start)
     return found
 
 

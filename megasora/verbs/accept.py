@@ -11,9 +11,7 @@ examples:
 
 import argparse
 import json
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from megasora import __version__
+from megasora.cluster.command import megasora, outcome
 from megasora.errors import CheckFailed, ConfigError
-from megasora.observe.logs import log, start_logging
+from megasora.observe.logs import start_logging
 
 SCHEMA = 1
 # What a launcher tells a worker; the parts are none, they start their own.
-OF_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "MEGASORA_LAUNCHER")
 GPU_CHECK = Path(__file__).parents[2] / "kernels" / "gpu_check.py"
 
 
@@ -65,39 +63,22 @@ def accept(config: Path, overrides: Sequence[str], nproc: int, layouts: Sequence
     """Runs every part to its end, whatever the others found."""
     import torch
 
-    verb = [sys.executable, "-m", "megasora"]
     common = ["--config", str(config), *overrides]
     bench = ["bench", *common, "--data=synthetic", "--json", f"--parallel.layout={layouts[0]}"]
-    parts: dict[str, Any] = {"doctor": part([*verb, "doctor", "--json"])}
+    parts: dict[str, Any] = {"doctor": outcome(megasora("doctor", "--json"))}
     if torch.cuda.is_available() and GPU_CHECK.exists():
-        parts["kernels"] = part([sys.executable, str(GPU_CHECK)])
+        parts["kernels"] = outcome([sys.executable, str(GPU_CHECK)])
     else:
         parts["kernels"] = {"skipped": f"no {'CUDA device' if GPU_CHECK.exists() else GPU_CHECK}"}
     proven = [word for layout in layouts for word in ("--layout", layout)]
-    parts["parity"] = part([*verb, "parity", *common, *proven, "--json"])
-    parts["bench"] = part([*verb, "launch", "local", "--nproc", str(nproc), *bench])
+    parts["parity"] = outcome(megasora("parity", *common, *proven, "--json"))
+    parts["bench"] = outcome(megasora(*bench, nproc=nproc))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "schema": SCHEMA, "megasora": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "time": time.strftime("%Y-%m-%d"), "device": device, "processes": nproc, "layouts": list(layouts),
         "config": config.name, "accepted": not any(found.get("exit") for found in parts.values()), "parts": parts,
     }  # fmt: skip
-
-
-def part(command: list[str]) -> dict[str, Any]:
-    """A command's exit code, seconds and JSON; of one that failed its last line, of one that prints no JSON its text."""
-    log.info("%s", " ".join(command[1:]))
-    begin = time.monotonic()
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHER)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
-    found: dict[str, Any] = {"exit": done.returncode, "seconds": round(time.monotonic() - begin, 1)}
-    if done.returncode:
-        found["error"] = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-    try:
-        found["result"] = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        found["text"] = done.stdout.strip()
-    return found
 
 
 def read_record(path: Path) -> dict[str, Any]:

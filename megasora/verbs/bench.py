@@ -1,35 +1,125 @@
-"""Measures the training step: warm-up, then so many steps, their median and spread, tokens/s, TFLOP/s and MFU.
+"""Measures the training step: warm-up until it is steady, then so many steps: their median and spread, parts, tokens/s, MFU.
 
 With --data=synthetic it draws latents of the stages' buckets itself and needs no files. --bench.against=OLD.json compares
-with an earlier result and exits 1 when the step got slower by more than the noise of both.
+with an earlier result, in units of each run's own matrix product, and exits 1 when the step got slower by more than the noise.
+--sweep measures every combination of values, in turn and --rounds times over, each on the processes that its layout asks for.
 
 examples:
   megasora bench --config configs/demo.yaml --data=synthetic
   megasora launch local --nproc 2 bench --config configs/demo.yaml --data=synthetic --parallel.layout=dp2,zero3 --json
+  megasora bench --config configs/demo.yaml --data=synthetic --sweep 'parallel.layout=dp2;dp2,zero3;dp1,tp2' --html bench.html
+  megasora bench --trend benchmarks/reports/*bench*.json --html trend.html
 """
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from megasora.bench import bench, compare, read_result, table
 from megasora.cli import add_config_argument
+from megasora.cluster.command import choices, megasora, outcome
 from megasora.config import load_config
-from megasora.observe.logs import start_logging
+from megasora.errors import CheckFailed, ConfigError
+from megasora.observe.bench_page import Point, bench_page, read_points, side_by_side, trend_page
+from megasora.observe.logs import log, start_logging
+from megasora.observe.regression import compare, read_result
+from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "bench", "data", "model", "stages", "optim", "vae", "parallel", "precision")
+    add_config_argument(
+        parser, "bench", "data", "model", "stages", "optim", "vae", "parallel", "precision", required=False
+    )
     parser.add_argument("--data", choices=("shards", "synthetic"), default="shards", help="where latents come from")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=A;B", help="every combination; several times"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="of a sweep; of each point the fastest counts"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts")
+    parser.add_argument(
+        "--trend", nargs="+", type=Path, default=[], metavar="RESULT", help="earlier results, on a page"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
+    if args.trend:
+        if args.html is None:
+            raise ConfigError("bench: --trend wants --html FILE")
+        write(args.html, trend_page(read_points(args.trend)))
+        return
+    if args.config is None:
+        raise ConfigError("bench: the following arguments are required: --config")
     start_logging(None, rank())
+    if args.sweep:
+        sweep(args)
+        return
+    from megasora.bench import bench, table
+
+    config = load_config(args.config, args.overrides)
     old = read_result(config.bench.against) if config.bench.against else None
     result = bench(config, synthetic=args.data == "synthetic")
     if rank() == 0:
         print(json.dumps(result) if args.json else table(result))
+        if args.html:
+            write(args.html, bench_page([Point(result["layout"], result)]))
     if old:
-        compare(result, old, config.bench.against)
+        log.info("%s", compare(result, old, config.bench.against))
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Every point in processes of its own. One that fails is told with its reason, and the others go on."""
+    if "RANK" in os.environ:
+        raise ConfigError("bench: --sweep starts its own processes; run it without a launcher")
+    points = choices(args.sweep)
+    results: dict[tuple[str, ...], list[dict[str, Any]]] = {point: [] for point in points}
+    for number in range(args.rounds):
+        for point in points:
+            log.info("round %d of %d", number + 1, args.rounds)
+            results[point].append(measure(args, point))
+    found = [Point(name_of(point), fastest(results[point])) for point in points]
+    text = json.dumps({"schema": 1, "sweep": args.sweep, "points": [vars(point) for point in found]})
+    if output := load_config(args.config, args.overrides).bench.output:
+        write(Path(output), text + "\n")
+    print(text if args.json else side_by_side(found))
+    if args.html:
+        write(args.html, bench_page(found))
+    if failed := [point for point in found if "error" in point.result]:
+        raise CheckFailed(f"{len(failed)} of {len(found)} points failed; {failed[0].name}: {failed[0].result['error']}")
+
+
+def measure(args: argparse.Namespace, point: Sequence[str]) -> dict[str, Any]:
+    """The result of one point, or its `error`."""
+    words = [f"--data={args.data}", "--json", *args.overrides, *point, "--bench.output="]
+    try:
+        config = load_config(args.config, [*args.overrides, *point])
+        world = parse_layout(config.parallel.layout).world
+    except ConfigError as error:
+        return {"error": str(error)}
+    threads = max(1, (os.cpu_count() or 1) // world)
+    done = outcome(megasora("bench", "--config", str(args.config), *words, nproc=world), threads)
+    return {"error": done["error"]} if done["exit"] else dict(done["result"])
+
+
+def fastest(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The round that was disturbed least; one with an error counts for all."""
+    for result in rounds:
+        if "error" in result:
+            return result
+    return min(rounds, key=lambda result: float(result["step_time_s"]))
+
+
+def name_of(point: Sequence[str]) -> str:
+    return " ".join(word.removeprefix("--").removeprefix("parallel.layout=") for word in point)
+
+
+def write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None

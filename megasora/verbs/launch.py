@@ -21,9 +21,9 @@ import sys
 from pathlib import Path
 
 from megasora.cluster.signals import collected_signals
+from megasora.cluster.slurm import SLURM_VERBS, check_numbers
 from megasora.errors import ConfigError
 
-SLURM_VERBS = ("train", "encode", "prepare", "bench", "parity", "doctor", "accept", "train-vae")
 STALL = 480  # seconds; less than the ten minutes after which a collective fails by itself and names nobody
 
 
@@ -111,13 +111,6 @@ def run(args: argparse.Namespace) -> None:
         )
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the work is over: a late warning does not change its code
     raise SystemExit(code)
-
-
-def check_numbers(*options: tuple[str, int, int]) -> None:
-    """(option, value, least). Raises ConfigError."""
-    for option, value, least in options:
-        if value < least:
-            raise ConfigError(f"launch: {option}={value}: at least {least}")
 
 
 def _log_dir(command: list[str]) -> Path | None:

@@ -1,7 +1,6 @@
 """The part of `launch` that writes and submits SLURM jobs: what to ask for, what to keep beside the run, what to print."""
 
 import argparse
-import itertools
 import json
 import re
 import shlex
@@ -15,13 +14,13 @@ import yaml
 
 import megasora
 from megasora.cli import VERBS, parse_verb
+from megasora.cluster.command import choices
 from megasora.cluster.elastic import layouts_by_nodes
-from megasora.cluster.slurm import Job, render, submit
+from megasora.cluster.slurm import SLURM_VERBS, Job, check_numbers, render, submit
 from megasora.config import load_config, to_dict
 from megasora.errors import ConfigError
 from megasora.parallel.layout import parse_layout
 from megasora.schema import Config
-from megasora.verbs.launch import SLURM_VERBS, check_numbers
 
 SHARED = ("train", "bench", "doctor")  # verbs whose processes work together; the others of a node work for themselves
 ALONE = ("prepare", "parity", "doctor", "accept", "train-vae")  # verbs that want one process a node
@@ -97,17 +96,6 @@ def read_command(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
         load_config(parsed.config, [*parsed.overrides, *choice, f"--run.dir={run / f'{task:04d}'}"])
         for task, choice in enumerate(choices(args.sweep))
     ], own
-
-
-def choices(sweep: list[str]) -> list[tuple[str, ...]]:
-    """["a=1;2", "b=3"] -> [("--a=1", "--b=3"), ("--a=2", "--b=3")]."""
-    axes = []
-    for axis in sweep:
-        key, separator, values = axis.partition("=")
-        if not separator or not key or not values:
-            raise ConfigError(f"launch: --sweep={axis}: KEY=VALUE;VALUE is expected")
-        axes.append([f"--{key}={value}" for value in values.split(";")])
-    return list(itertools.product(*axes))
 
 
 def describe(args: argparse.Namespace, configs: list[Config], arguments: list[str], run: Path, snapshot: Path) -> Job:

@@ -11,13 +11,12 @@ example:
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from megasora.build import check_engine
 from megasora.cli import add_config_argument
+from megasora.cluster.command import megasora, outcome
 from megasora.config import load_config
 from megasora.errors import CheckFailed, ConfigError
 from megasora.observe.logs import log, start_logging
@@ -92,26 +91,11 @@ def start(args: argparse.Namespace, layout: str, file: Path, *overrides: str) ->
     """Runs this verb as workers on as many processes as the layout asks for."""
     world = parse_layout(layout).world
     log.info("%s on %d processes", layout, world)
-    command = [
-        sys.executable,
-        "-m",
-        "megasora",
-        "launch",
-        "local",
-        "--nproc",
-        str(world),
-        "parity",
-        "--config",
-        str(args.config),
-    ]
-    command += [f"--layout={layout}", f"--outcome={file}", *args.overrides, *overrides]
-    threads = max(1, (os.cpu_count() or 1) // world)
-    done = subprocess.run(
-        command, stderr=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no word"]
-        raise CheckFailed(f"{layout}: ended with {done.returncode}: {lines[-1]}")
+    words = [f"--layout={layout}", f"--outcome={file}", *args.overrides, *overrides]
+    command = megasora("parity", "--config", str(args.config), *words, nproc=world)
+    done = outcome(command, threads=max(1, (os.cpu_count() or 1) // world))
+    if done["exit"]:
+        raise CheckFailed(f"{layout}: ended with {done['exit']}: {done['error']}")
 
 
 def table(results: list[dict[str, object]]) -> str:

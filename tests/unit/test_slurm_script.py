@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from megasora.cli import main
+from megasora.cluster.command import choices
 from megasora.cluster.elastic import layouts_by_nodes, shrunken_layout
 from megasora.cluster.slurm import Job, render
 from megasora.errors import ConfigError
 from megasora.parallel.layout import parse_layout
-from megasora.verbs.launch_slurm import choices, next_free
+from megasora.verbs.launch_slurm import next_free
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/slurm"
