@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import yaml
 
 from data_pipelines.demo_clips import draw_clips
 from megasora.observe.metrics import history
+from tests.slurm import Cluster, unavailable
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,3 +111,12 @@ def wait_for_step() -> Callable[[Path, int, "subprocess.Popen[str]"], None]:
             time.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if why := unavailable():
+        pytest.skip(why)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.stop()

@@ -18,16 +18,7 @@ import yaml
 from megasora.cluster.goodput import goodput
 from megasora.observe.metrics import history, read_lines
 from tests.integration.conftest import Road, environment, identical
-from tests.slurm import Cluster, unavailable
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if why := unavailable():
-        pytest.skip(why)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    yield cluster
-    cluster.stop()
+from tests.slurm import Cluster
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +158,7 @@ def test_a_sick_node_is_named_and_left_out(road: Road, cluster: Cluster, launch:
 @pytest.mark.timeout(900)
 def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
     whole, run = road.directory / "undisturbed", road.directory / "dead"
-    steps = ("--run.steps=250", "--checkpoint.every=20", "--observe.every=50")  # SLURM sees the death after some 25 s
+    steps = ("--run.steps=600", "--checkpoint.every=20", "--observe.every=50")  # SLURM sees the death after some 25 s
     road.run("train", f"--run.dir={whole}", *steps, nproc=2)
     job = launch("train", f"--run.dir={run}", *steps, nodes=2, nproc=1)
     wait_for_step(cluster, job, run, 12)
@@ -180,7 +171,7 @@ def test_a_dead_node_is_replaced(road: Road, cluster: Cluster, launch: Callable[
         assert lost not in cluster.command("scontrol", "show", "hostnames", ended["NodeList"]).split()
         first, second = starts(run)
         assert (first["step"], first["slurm_restarts"], second["slurm_restarts"]) == (0, 0, 1)
-        assert second["step"] < 250
+        assert second["step"] < 600
         assert identical(run) == identical(whole)
     finally:
         for process in processes_of(job):
