@@ -22,6 +22,7 @@ def measure(config: str, nproc: int, engine: str, layout: str, steps: int) -> di
         f"--engine={engine}",
         f"--parallel.layout={layout}",
         f"--bench.steps={steps}",
+        "--bench.rounds=1",
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

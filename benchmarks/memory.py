@@ -8,7 +8,6 @@ of the process, what they make is followed from its making to its end. The close
 """
 
 import argparse
-import gc
 import json
 import os
 import socket
@@ -21,12 +20,11 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megasora.config import load_config
 from megasora.models.families import build_model, parameter_count
 from megasora.models.packing import Shape
+from megasora.observe.memory import living
 from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import processes
 from megasora.planner.dry_run import alone, build_step
@@ -41,16 +39,6 @@ MODEL = ["--model.width=512", "--model.ffn=2048", "--model.depth=11", "--model.h
 LAYOUTS = ["dp2", "dp2,zero1", "dp2,zero2", "dp2,zero3"]
 
 
-def living() -> int:
-    """Bytes of all storages that tensors of this process have."""
-    sizes = {}
-    for tensor in gc.get_objects():
-        if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and tensor.device.type == "cpu":
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
-
-
 def count(rank: int, config: Config, job: Job, port: int, results: Any) -> None:
     """The most bytes that lived in rank 0, and how many of them before the first step."""
     world = job.layout.world
@@ -58,8 +46,7 @@ def count(rank: int, config: Config, job: Job, port: int, results: Any) -> None:
     torch.set_num_threads(1)
     with processes(str(job.layout)) as group:
         step = build_step(config, job, group, partial(build_model, job.model))
-        gc.collect()
-        before = living()
+        before = living(group.device)
         with watching() as watch:
             for _ in range(2):  # the optimizer has no state before its first
                 step.forward_backward()

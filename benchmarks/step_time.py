@@ -40,7 +40,7 @@ def overrides(width: int, depth: int, frames: int, side: int, batch: int) -> lis
 def measure(shape: tuple[int, int, int, int, int], steps: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "megasora", "bench", "--config", str(CONFIG), "--data=synthetic", "--json"]
     command += overrides(*shape)
-    command += ["--bench.warmup=2", f"--bench.steps={steps}"]
+    command += ["--bench.warmup=2", f"--bench.steps={steps}", "--bench.rounds=1"]
     found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     return found
 

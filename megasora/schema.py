@@ -186,19 +186,19 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """`bench`: measured steps after warm-up, which goes on as long as steps get faster. `--data=synthetic` draws latents of the
-    first stage's buckets, no files needed."""
+    """`bench`: measured steps after warm-up. `--data=synthetic` draws latents of the first stage's buckets, no files needed."""
 
-    warmup: int = 3  # at least
-    steps: int = 10
-    rounds: int = 5  # of these steps, each after a measurement of the matrix product that it is compared by
+    warmup: int = 3  # steps at least; it goes on until times show no trend, for 12 more at most. 0: none
+    steps: int = 16
+    rounds: int = 8  # of these steps, each after a measurement of the matrix product that it is compared by
     checkpoint: str = ""  # a directory for one save, whose stall is measured; it is removed again
     against: str = ""
+    tolerance: float = 0.05  # slower than `against` by more than this share, and beyond the noise, is a failure
     output: str = ""
     costs: str = ""  # a file for the seconds that a sample of each bucket takes, as data.costs reads it; on one process
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 0), ("steps", 1), ("rounds", 1)):
+        for name, least in (("warmup", 0), ("steps", 1), ("rounds", 1), ("tolerance", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
 

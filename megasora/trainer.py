@@ -32,7 +32,8 @@ from megasora.errors import CheckpointError, StoppedEarly, StorageFull, Supersed
 from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
 from megasora.microbatch import Recipe, build_rows, training_loss
 from megasora.models.families import parameter_count
-from megasora.observe.hardware import device_peak, peak_memory, synchronize
+from megasora.observe.clock import Clock
+from megasora.observe.hardware import device_peak, peak_memory
 from megasora.observe.logs import log
 from megasora.observe.metrics import EVENTS, Journal, StepMetrics, console_line
 from megasora.observe.profiler import StepProfiler
@@ -102,6 +103,7 @@ class Trainer:
             save_digests(self.run_dir, self.data)
         self.peak_flops = device_peak(group.device, config.precision.precision)
         self.own_times, self.own_wait, self.forward_s = StepTimes(group.world), 0.0, 0.0
+        self.parts: dict[str, float] = {}  # seconds of the last step
         self.bad_samples = self.skipped = 0
         self.save_seconds = 0.0  # of the last one in this attempt
         self.step_times: deque[float] = deque(maxlen=50)
@@ -172,10 +174,14 @@ class Trainer:
 
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
+        clock = Clock(self.group.device)  # it waits where this does
         rows = build_rows(batch, recipe)
+        clock.lap("microbatch", wait=False)
         judge = FirstCall(training_loss(recipe), self.group.device)
         loss = self.engine.forward_backward(rows, judge).item()
+        clock.lap("forward_backward", wait=False)
         grad_norm = self.engine.clip().item()
+        clock.lap("clip", wait=False)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = self.watch.judge(loss, grad_norm) if finite else ""
         if spike:
@@ -195,7 +201,8 @@ class Trainer:
                 )
             if spike and self.config.spikes.policy == "rollback":
                 self.roll_back()
-        synchronize(self.group.device)
+        clock.lap("update")
+        self.parts = clock.laps
         self.forward_s = judge.seconds() if self.group.layout.pp == 1 else 0.0  # stages wait for each other
         return loss, grad_norm
 
@@ -254,7 +261,7 @@ class Trainer:
             attempt=self.journal.attempt, time=time.time(), step=self.step, stage=stage.name, loss=loss,
             grad_norm=grad_norm, lr=lr, samples=self.config.data.global_batch, tokens=batch.tokens,
             bucket=batch.buckets, order=xxhash.xxh3_64_hexdigest("\n".join(batch.keys).encode()), bad_samples=self.bad_samples,
-            step_time_s=seconds, data_wait_s=wait, tokens_per_s=batch.tokens / seconds,
+            step_time_s=seconds, data_wait_s=wait, parts=self.parts, tokens_per_s=batch.tokens / seconds,
             tflops_per_device=flops_per_s / 1e12, mfu=flops_per_s / self.peak_flops, imbalance=batch.imbalance,
             padding=batch.padding, peak_memory_bytes=peak_memory(self.group.device),
             world=self.group.world, layout=str(self.group.layout),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megasora.checkpoint.deepspeed_files import INFO, universal_info
 from megasora.checkpoint.directory import begin
@@ -166,10 +167,12 @@ class DeepSpeedZero:
         total = torch.zeros((), device=self.processes.device)
         for i, row in enumerate(rows):
             self.engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
-            value = loss(self.engine, stretch_here(self.processes, row))
+            with record_function("forward"):
+                value = loss(self.engine, stretch_here(self.processes, row))
             total += value.detach() * self.processes.share
             # DeepSpeed's reduction is a mean.
-            self.engine.backward(value * self.mpu.get_data_parallel_world_size(), scale_wrt_gas=False)
+            with record_function("backward"):
+                self.engine.backward(value * self.mpu.get_data_parallel_world_size(), scale_wrt_gas=False)
         self._reduce_over_tensor_group()
         dist.all_reduce(total)
         return total
@@ -230,9 +233,10 @@ class DeepSpeedZero:
     def update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        with record_function("optimizer"):
+            self.engine.step()
         if self.optim.ema:
-            with torch.no_grad():
+            with torch.no_grad(), record_function("ema"):
                 for flat in self.flats:
                     self.optimizer.state[flat]["ema"].lerp_(flat, 1 - self.optim.ema)
 

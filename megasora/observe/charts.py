@@ -12,6 +12,7 @@ COLOURS = (
     "#e8b9d3", "#a9cfe6",
 )  # fmt: skip
 WIDTH, LEFT, RIGHT, BAR, STEP = 960, 250, 90, 18, 26
+FEW = 40  # points of a line that are drawn as such
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 1000px }
 body { margin: 2em auto; padding: 0 1em }
@@ -94,18 +95,31 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], unit: str, heigh
     top += 10
     bottom = top + height
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, y = left + share * (WIDTH - left - 20), bottom - share * height
+        y = bottom - share * height
         drawn.append(f'<line x1="{left}" y1="{y:.1f}" x2="{WIDTH - 20}" y2="{y:.1f}"/>')
         label = f"{y_low + share * (y_high - y_low):.4g}"
         drawn.append(f'<text class="faint" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-        label = f"{x_low + share * (x_high - x_low):.5g}" + (f" {unit}" if share == 1 else "")
-        drawn.append(f'<text class="faint" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(label)}</text>')
+    there = sorted({x for x, _ in points})
+    marks = (
+        there if 1 < len(there) <= 5 else [x_low + share * (x_high - x_low) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    )
+    for mark in marks:
+        x = left + (mark - x_low) / (x_high - x_low) * (WIDTH - left - 20)
+        last = mark == marks[-1]
+        label = f"{mark:.5g}" + (f" {unit}" if last else "")
+        drawn.append(f'<text class="faint" x="{x + 18 * last:.1f}" y="{bottom + 18}" '
+                     f'text-anchor="{"end" if last else "middle"}">{escape(label)}</text>')  # fmt: skip
     for name, line in series.items():
-        path = " ".join(
-            f"{left + (x - x_low) / (x_high - x_low) * (WIDTH - left - 20):.1f},"
-            f"{bottom - (y - y_low) / (y_high - y_low) * height:.1f}"
+        places = [
+            (
+                left + (x - x_low) / (x_high - x_low) * (WIDTH - left - 20),
+                bottom - (y - y_low) / (y_high - y_low) * height,
+            )
             for x, y in line
-        )
+        ]
+        if len(places) <= FEW:
+            drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour[name]}"/>' for x, y in places]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour[name]}" stroke-width="1.6">'
                      f"<title>{escape(name)}</title></polyline>")  # fmt: skip
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 26}" role="img">'
@@ -148,7 +162,7 @@ def round_ticks(most: float) -> list[float]:
     return [i * step for i in range(int(most / step + 1e-9) + 1)]
 
 
-def shortened(name: str, most: int = 36) -> str:
+def shortened(name: str, most: int = 34) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

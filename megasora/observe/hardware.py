@@ -1,6 +1,7 @@
 """What devices can do: one table of their numbers, each with its source; the denominator of MFU, and the memory meter."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,42 +122,26 @@ def gemm_peak(device: torch.device, precision: str, seconds: float = 0.2) -> flo
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     size = 8192 if on_gpu(device) else 1024  # a GPU does 1024 in less time than it takes to start
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # a GPU is faster on ones
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    return 2 * size**3 / best_of(lambda: a @ b, device, seconds)
 
 
-def copy_peak(device: torch.device, seconds: float = 0.1) -> float:
-    """Bytes/s of the best of repeated copies from memory to memory, read and written bytes counted."""
-    size = (1 << 30) if on_gpu(device) else (1 << 26)  # beyond the caches
+def copy_peak(device: torch.device, seconds: float = 0.2) -> float:
+    """Bytes/s of the best of repeated copies of more than the caches hold, read and written bytes counted."""
+    size = 2**30 if on_gpu(device) else 2**28
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    return 2 * size / best_of(lambda: target.copy_(source), device, seconds)
+
+
+def best_of(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The least seconds that it takes, of as many times as there is time for."""
     best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while best == float("inf") or time.perf_counter() < end:
         begin = time.perf_counter()
-        target.copy_(source)
+        work()
         synchronize(device)
         best = min(best, time.perf_counter() - begin)
-    return 2 * size / best
-
-
-def joules(device: torch.device) -> float | None:
-    """What the device has used so far, or the whole machine's processors; None where nobody tells. Never run on a GPU."""
-    try:
-        if on_gpu(device):
-            import pynvml  # type: ignore[import-not-found]
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-        counters = list(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
-        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
-    except (ImportError, OSError, ValueError):
-        return None
+    return best
 
 
 def synchronize(device: torch.device) -> None:

@@ -34,6 +34,7 @@ class StepMetrics:
     bad_samples: int  # of this attempt so far
     step_time_s: float
     data_wait_s: float
+    parts: dict[str, float]  # seconds of the step's microbatch, forward_backward, clip, update
     tokens_per_s: float
     tflops_per_device: float
     mfu: float

@@ -1,7 +1,7 @@
 """Some steps of a run under torch's profiler: a trace of every rank, its largest costs, and what communication was hidden."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,20 @@ from megasora.observe.logs import log
 
 ROWS = 20  # operators in the table
 LABELS = ("forward", "backward", "optimizer", "ema")  # that the engine puts into a profile
+NCCL, GLOO, C10D = "ncclDevKernel_", "gloo:", "c10d::"
+OF_NCCL = {"AllReduce": "all_reduce", "AllGather": "all_gather", "ReduceScatter": "reduce_scatter", "SendRecv": "p2p",
+           "Broadcast": "broadcast", "Reduce": "reduce"}  # fmt: skip
+# By what the name of a call of c10d begins with, and by what gloo calls its own.
+OF_C10D = {
+    "allreduce": "all_reduce", "allgather": "all_gather", "_allgather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "_reduce_scatter": "reduce_scatter", "alltoall": "all_to_all", "send": "p2p", "recv": "p2p", "broadcast": "broadcast",
+    "reduce_": "reduce", "scatter": "scatter", "gather": "gather", "barrier": "barrier",
+}  # fmt: skip
+OF_GLOO = {
+    "all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "all_to_all": "all_to_all",
+    "send": "p2p", "recv": "p2p", "broadcast": "broadcast", "reduce": "reduce", "scatter": "scatter", "gather": "gather",
+    "barrier": "barrier",
+}  # fmt: skip
 
 Span = tuple[float, float]  # microseconds
 
@@ -95,30 +109,65 @@ def largest(found: profile, device: torch.device) -> str:
 
 
 def communication(events: Iterable[Any], device: torch.device) -> dict[str, dict[str, float]]:
-    """By kind of collective on this rank: calls, seconds from its start to its end, and how many of these seconds are hidden,
-    which is while this rank computes. The others are exposed: it waits for the exchange, or for ranks that come to it later."""
+    """By kind of collective on this rank: calls, seconds from its start to its end, and how many of these seconds are hidden:
+    while this rank computes. The others are exposed: the rank waits for the exchange, or for ranks that come to it later.
+    To NCCL all_to_all is sending and receiving: p2p. What torch.compile made for a CPU is not known to compute."""
+    every = list(events)
     spans: dict[str, list[Span]] = {}
-    busy: list[Span] = []
-    for event in events:
-        span = (event.time_range.start, event.time_range.end)
-        on_device = event.device_type == DeviceType.CUDA
-        if on_gpu(device) and not on_device:
-            continue
-        if name := kind_of(event.name):
-            spans.setdefault(name, []).append(span)
-        elif (on_device and event.name not in LABELS) or is_leaf(event):
-            busy.append(span)
-    busy = union(busy)
+    for kind, span in nccl_calls(every) if on_gpu(device) else gloo_calls(every):
+        spans.setdefault(kind, []).append(span)
+    busy = computing(every, device)
     found = {}
-    for name, these in sorted(spans.items()):
+    for kind, these in sorted(spans.items()):
         whole = union(these)
-        found[name] = {"calls": len(these), "seconds": 1e-6 * length(whole), "hidden_s": 1e-6 * overlap(whole, busy)}
+        found[kind] = {"calls": len(these), "seconds": 1e-6 * length(whole), "hidden_s": 1e-6 * overlap(whole, busy)}
     return found
 
 
-def is_leaf(event: Any) -> bool:
-    """Whether it is an operator of the processor that calls no other one: those compute."""
-    return event.name.startswith("aten::") and not event.cpu_children and not event.is_async
+def computing(events: Iterable[Any], device: torch.device) -> list[Span]:
+    """When the device has a kernel under way that is no exchange; a CPU, an operator that calls no other one."""
+    if on_gpu(device):
+        return union(span_of(event) for event in events if is_kernel(event) and not event.name.startswith(NCCL))
+    return union(
+        span_of(event)
+        for event in events
+        if event.name.startswith("aten::") and not event.cpu_children and not event.is_async
+    )
+
+
+def nccl_calls(events: Iterable[Any]) -> list[tuple[str, Span]]:
+    kernels = [event for event in events if is_kernel(event) and event.name.startswith(NCCL)]
+    names = [event.name.removeprefix(NCCL).split("_")[0].split("(")[0] for event in kernels]
+    return [(OF_NCCL.get(name, name), span_of(event)) for name, event in zip(names, kernels, strict=True)]
+
+
+def gloo_calls(events: Iterable[Any]) -> list[tuple[str, Span]]:
+    """Gloo's threads tell when; what it was tell the calls, which come in the same order: gloo makes a reduce_scatter of an
+    all_reduce and calls it that."""
+    whole = in_order(event for event in events if event.name.startswith(GLOO))
+    calls = in_order(event for event in events if event.name.startswith(C10D))
+    kinds = [kind for call in calls if (kind := kind_of(call.name.removeprefix(C10D), OF_C10D))]
+    if len(kinds) != len(whole):  # the profile begins or ends amid one
+        kinds = [kind_of(event.name.removeprefix(GLOO), OF_GLOO) or event.name for event in whole]
+    return [(kind, span_of(event)) for kind, event in zip(kinds, whole, strict=True)]
+
+
+def kind_of(name: str, table: Mapping[str, str]) -> str:
+    """By what the name begins with; empty for what is no exchange, such as waiting."""
+    return next((kind for begin, kind in table.items() if name.startswith(begin)), "")
+
+
+def in_order(events: Iterable[Any]) -> list[Any]:
+    return sorted(events, key=lambda event: float(event.time_range.start))
+
+
+def is_kernel(event: Any) -> bool:
+    """On a GPU; what the profiler draws around several of them is none."""
+    return bool(event.device_type == DeviceType.CUDA and not event.is_user_annotation)
+
+
+def span_of(event: Any) -> Span:
+    return event.time_range.start, event.time_range.end
 
 
 def labelled(events: Iterable[Any], device: torch.device) -> dict[str, float]:
@@ -127,17 +176,14 @@ def labelled(events: Iterable[Any], device: torch.device) -> dict[str, float]:
     found: dict[str, float] = {}
     for event in events:
         if event.name in LABELS and event.device_type == kind:
-            found[event.name] = found.get(event.name, 0.0) + 1e-6 * (event.time_range.end - event.time_range.start)
+            begin, end = span_of(event)
+            found[event.name] = found.get(event.name, 0.0) + 1e-6 * (end - begin)
     return found
 
 
-def kind_of(name: str) -> str:
-    """all_reduce and the like, of what gloo's threads or NCCL's kernels are called; empty for anything else."""
-    if name.startswith("gloo:"):
-        return name.removeprefix("gloo:")
-    if name.startswith("ncclDevKernel_"):
-        return name.removeprefix("ncclDevKernel_").split("_")[0].split("(")[0]
-    return ""
+def copied_in(events: Iterable[Any]) -> float:
+    """Seconds in which a GPU is sent memory of the host."""
+    return 1e-6 * length(union(span_of(event) for event in events if event.name.startswith("Memcpy HtoD")))
 
 
 def union(spans: Iterable[Span]) -> list[Span]:

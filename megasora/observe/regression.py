@@ -1,15 +1,11 @@
 """Has a step become slower? Two results of `megasora bench`, each in units of its own machine's matrix product."""
 
 import json
-import math
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 from megasora.errors import CheckFailed, ConfigError
-
-LEAST = 0.03  # a difference below it is none
-NOTCH = 1.58  # McGill, Tukey, Larsen 1978: medians whose intervals of this width do not touch differ
+from megasora.observe.noise import difference, rank_limit
 
 
 def read_result(file: str) -> dict[str, Any]:
@@ -17,35 +13,36 @@ def read_result(file: str) -> dict[str, Any]:
     try:
         old = json.loads(Path(file).read_text())
         assert isinstance(old, dict)
-        assert len(normalised(old)) > 2
+        old["step_time_s"], old["parts"]
+        rounds = costs(old)
     except OSError as error:
         raise ConfigError(f"bench.against={file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AssertionError):
-        raise ConfigError(
-            f"bench.against={file}: not a result of this version's `megasora bench` with three rounds or more"
-        ) from None
+        raise ConfigError(f"bench.against={file}: not a result of `megasora bench`") from None
+    if not rounds:
+        raise ConfigError(f"bench.against={file}: schema {old.get('schema')}, which has no rounds to tell noise by; "
+                          "measure it again with bench.output")  # fmt: skip
     return old
 
 
-def normalised(result: dict[str, Any]) -> list[float]:
-    """A round's step in FLOPs of the matrix product that was measured just before it: a slower clock is no slower code."""
-    return [one["step_time_s"] * one["gemm_flops"] for one in result["rounds"]]
+def check_rounds(old: dict[str, Any], rounds: int) -> None:
+    """Raises ConfigError where so many rounds against those of an earlier result cannot tell noise from a difference."""
+    if rank_limit(rounds, len(costs(old))) == 0:
+        raise ConfigError(f"bench.rounds={rounds}: too few to tell noise, against {len(costs(old))}; 8 on each side do "
+                          "(and bench.steps is at least as many)")  # fmt: skip
 
 
-def half_width(values: list[float]) -> float:
-    """Of the interval around the median of a few rounds, relative to it."""
-    if len(values) < 2:
-        return 0.0
-    first, _, third = quantiles(values, n=4)
-    return NOTCH * (third - first) / math.sqrt(len(values)) / median(values)
+def costs(result: dict[str, Any]) -> list[float]:
+    """Of each round: its step in units of the matrix product measured just before it. A slower clock is no slower code."""
+    return [float(one["cost"]) for one in result.get("rounds", [])]
 
 
-def compare(result: dict[str, Any], old: dict[str, Any], name: str) -> str:
-    """How much slower, in words. Raises CheckFailed when that is more than the noise of both and more than 3 %."""
-    before, after = normalised(old), normalised(result)
-    slower = median(after) / median(before) - 1
-    noise = math.hypot(half_width(before), half_width(after))
-    words = f"step_time_s: {100 * abs(slower):.1f} % {'slower' if slower > 0 else 'faster'} than {name}"
-    if slower > max(noise, LEAST):
-        raise CheckFailed(f"{words}, beyond the noise of {100 * noise:.1f} %")
-    return f"{words}; noise {100 * noise:.1f} %"
+def compare(result: dict[str, Any], old: dict[str, Any], name: str, tolerance: float) -> str:
+    """How much slower, in words. Raises CheckFailed when that is beyond the noise of the rounds and more than `tolerance`, which
+    stands for what differs from process to process, and no round of one shows: where its memory lies, which core it has."""
+    found = difference(costs(result), costs(old))
+    words = (f"step_time_s: {100 * abs(found.slower):.1f} % {'slower' if found.slower > 0 else 'faster'} than {name} in units of "
+             f"the same run's matrix product (95 %: {100 * found.low:+.1f} to {100 * found.high:+.1f} %)")  # fmt: skip
+    if found.low > 0 and found.slower > tolerance:
+        raise CheckFailed(f"{words}, above bench.tolerance={tolerance:g}")
+    return words

@@ -8,7 +8,7 @@ examples:
   megasora bench --config configs/demo.yaml --data=synthetic
   megasora launch local --nproc 2 bench --config configs/demo.yaml --data=synthetic --parallel.layout=dp2,zero3 --json
   megasora bench --config configs/demo.yaml --data=synthetic --sweep 'parallel.layout=dp2;dp2,zero3;dp1,tp2' --html bench.html
-  megasora bench --trend benchmarks/reports/*bench*.json --html trend.html
+  megasora bench --trend benchmarks/reports --html trend.html
 """
 
 import argparse
@@ -24,7 +24,7 @@ from megasora.config import load_config
 from megasora.errors import CheckFailed, ConfigError
 from megasora.observe.bench_page import Point, bench_page, read_points, side_by_side, trend_page
 from megasora.observe.logs import log, start_logging
-from megasora.observe.regression import compare, read_result
+from megasora.observe.regression import check_rounds, compare, read_result
 from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import rank
 
@@ -62,20 +62,25 @@ def run(args: argparse.Namespace) -> None:
     from megasora.bench import bench, table
 
     config = load_config(args.config, args.overrides)
-    old = read_result(config.bench.against) if config.bench.against else None
+    old = None
+    if config.bench.against:
+        old = read_result(config.bench.against)
+        check_rounds(old, min(config.bench.rounds, config.bench.steps))
     result = bench(config, synthetic=args.data == "synthetic")
     if rank() == 0:
         print(json.dumps(result) if args.json else table(result))
         if args.html:
             write(args.html, bench_page([Point(result["layout"], result)]))
     if old:
-        log.info("%s", compare(result, old, config.bench.against))
+        log.info("%s", compare(result, old, config.bench.against, config.bench.tolerance))
 
 
 def sweep(args: argparse.Namespace) -> None:
     """Every point in processes of its own. One that fails is told with its reason, and the others go on."""
     if "RANK" in os.environ:
         raise ConfigError("bench: --sweep starts its own processes; run it without a launcher")
+    from megasora.bench import SCHEMA
+
     points = choices(args.sweep)
     results: dict[tuple[str, ...], list[dict[str, Any]]] = {point: [] for point in points}
     for number in range(args.rounds):
@@ -83,14 +88,14 @@ def sweep(args: argparse.Namespace) -> None:
             log.info("round %d of %d", number + 1, args.rounds)
             results[point].append(measure(args, point))
     found = [Point(name_of(point), fastest(results[point])) for point in points]
-    text = json.dumps({"schema": 1, "sweep": args.sweep, "points": [vars(point) for point in found]})
+    text = json.dumps({"schema": SCHEMA, "sweep": args.sweep, "points": [vars(point) for point in found]})
     if output := load_config(args.config, args.overrides).bench.output:
         write(Path(output), text + "\n")
     print(text if args.json else side_by_side(found))
     if args.html:
         write(args.html, bench_page(found))
-    if failed := [point for point in found if "error" in point.result]:
-        raise CheckFailed(f"{len(failed)} of {len(found)} points failed; {failed[0].name}: {failed[0].result['error']}")
+    if all(point.failed for point in found):
+        raise CheckFailed(f"every point failed; {found[0].name}: {found[0].result['error']}")
 
 
 def measure(args: argparse.Namespace, point: Sequence[str]) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def measure(args: argparse.Namespace, point: Sequence[str]) -> dict[str, Any]:
         return {"error": str(error)}
     threads = max(1, (os.cpu_count() or 1) // world)
     done = outcome(megasora("bench", "--config", str(args.config), *words, nproc=world), threads)
-    return {"error": done["error"]} if done["exit"] else dict(done["result"])
+    return {"error": done["error"].removeprefix("megasora: ")} if done["exit"] else dict(done["result"])
 
 
 def fastest(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -115,7 +120,9 @@ def fastest(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def name_of(point: Sequence[str]) -> str:
-    return " ".join(word.removeprefix("--").removeprefix("parallel.layout=") for word in point)
+    """("--model.depth=8", "--parallel.layout=dp2") -> depth=8 dp2."""
+    words = [word.partition("=") for word in point]
+    return " ".join(f"{key.rpartition('.')[2]}={value}".removeprefix("layout=") for key, _, value in words)
 
 
 def write(file: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from megasora.resume import logged_replacements
 def line(attempt: int, step: int, loss: float) -> StepMetrics:
     return StepMetrics(
         attempt=attempt, time=0.0, step=step, stage="main", loss=loss, grad_norm=1.0, lr=1e-4, samples=4, tokens=100,
-        bucket={"1x64x64": 4}, order="0", bad_samples=0, step_time_s=0.5, data_wait_s=0.001, tokens_per_s=200.0,
+        bucket={"1x64x64": 4}, order="0", bad_samples=0, step_time_s=0.5, data_wait_s=0.001, parts={}, tokens_per_s=200.0,
         tflops_per_device=0.1, mfu=0.5, imbalance=1.0, padding=0.0, peak_memory_bytes=2**30, world=1, layout="dp1",
     )  # fmt: skip
 
