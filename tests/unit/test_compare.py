@@ -85,6 +85,7 @@ def test_the_page_draws_every_run(first: str, tmp_path: Path) -> None:
     [
         (("nowhere",), "nowhere: no run here"),
         (("{first}", "--tolerance", "1e-3"), "wants two runs"),
+        (("{first}", "{first}", "--tolerance", "nan"), "--tolerance=nan wants two runs or more, and is not negative"),
         (("{first}", "--model.depth=3"), "--model.depth=3 is no option"),
         (("{first}", "--html", "/nowhere/page.html"), "--html=/nowhere/page.html: No such file"),
     ],
