@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from data_pipelines.buckets import buckets_of
+from megasora.config import flatten, to_dict
 from megasora.device import pick_device
 from megasora.diffusion.objective import Objective, build_objective
 from megasora.encoders import LatentFacts
@@ -21,7 +23,10 @@ from megasora.microbatch import Recipe, tokens_of
 from megasora.models.attention import compute_capability, find_attention
 from megasora.models.base import Model
 from megasora.models.families import build_model, chunk_of
+from megasora.observe.boards import TensorBoard, WeightsAndBiases
 from megasora.observe.logs import start_logging
+from megasora.observe.metrics import Journal
+from megasora.observe.tally import Tally
 from megasora.parallel.fp8 import check_fp8
 from megasora.parallel.layout import Layout
 from megasora.parallel.mesh import Processes, processes_of_a_node
@@ -161,3 +166,21 @@ def build_recipe(config: Config, group: Processes, latents: LatentFacts, stage: 
         global_batch=config.data.global_batch,
         device=group.device,
     )
+
+
+def build_tally(config: Config, device: torch.device) -> Tally | None:
+    """Of the buckets of all stages, where there is a board to show it on."""
+    if not config.observe.tensorboard and config.observe.wandb == "off":
+        return None
+    return Tally([str(bucket) for stage in config.stages for bucket in buckets_of(stage.buckets)], device)
+
+
+def open_boards(journal: Journal, config: Config) -> None:
+    """Those that the config asks for; they show the config, too."""
+    observe, plain = config.observe, to_dict(config)
+    text, flat = yaml.safe_dump(plain, sort_keys=False), flatten(plain)
+    if observe.tensorboard:
+        journal.open_board(lambda: TensorBoard(journal.run, flat, text))
+    if observe.wandb != "off":
+        mode = observe.wandb
+        journal.open_board(lambda: WeightsAndBiases(journal.run, mode, observe.wandb_project, flat))
