@@ -34,6 +34,9 @@ from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
 
+# Sections of the config that what is learnt, and how fast, depends on: TensorBoard's hyper-parameters.
+LEARNING = ("engine", "data", "model", "objective", "flow", "gaussian", "optim", "stages", "parallel", "precision")
+
 
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     """Raises ConfigError, naming the key and the nearest value that works, when model, data and layout do not fit together."""
@@ -178,9 +181,10 @@ def build_tally(config: Config, device: torch.device) -> Tally | None:
 def open_boards(journal: Journal, config: Config) -> None:
     """Those that the config asks for; they show the config, too."""
     observe, plain = config.observe, to_dict(config)
-    text, flat = yaml.safe_dump(plain, sort_keys=False), flatten(plain)
     if observe.tensorboard:
-        journal.open_board(lambda: TensorBoard(journal.run, flat, text))
+        told = flatten({section: plain[section] for section in LEARNING})
+        text = yaml.safe_dump(plain, sort_keys=False)
+        journal.open_board(lambda: TensorBoard(journal.run, told, text))
     if observe.wandb != "off":
         mode = observe.wandb
-        journal.open_board(lambda: WeightsAndBiases(journal.run, mode, observe.wandb_project, flat))
+        journal.open_board(lambda: WeightsAndBiases(journal.run, mode, observe.wandb_project, flatten(plain)))

@@ -1,11 +1,13 @@
 """The loss by bucket and by quantile, from ranks that have other samples, against the samples' losses one by one."""
 
+import math
 from dataclasses import replace
-from statistics import mean
+from statistics import NormalDist, mean
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megasora.microbatch import build_microbatch, draw_frames, training_loss
 from megasora.observe.tally import Tally
@@ -18,6 +20,13 @@ WHOLE = replace(RECIPE, global_batch=4)
 CHUNKED = replace(WHOLE, chunk=1, tasks={"text": 1.0, "image": 1.0})  # frames with timesteps of their own, some given
 
 
+def quantile_of(timestep: Tensor) -> str:
+    """A timestep is a sigmoid of z, which is normal, with a shift of 3."""
+    t = timestep.double().item()
+    place = NormalDist().cdf(math.log(t / (3 * (1 - t)))) if t else 0.0  # a given frame, which counts nothing
+    return f"q{(int(place * 5) + 0.5) / 5:.2f}"
+
+
 def shares() -> list[dict[str, float]]:
     """Two steps, of which each rank has two samples and sees its rows in two parts; then nothing more."""
     tally = Tally(BUCKETS, torch.device("cpu"))
@@ -26,8 +35,10 @@ def shares() -> list[dict[str, float]]:
         loss_of = training_loss(recipe, tally)
         for step in STEPS:
             mine = step[2 * dist.get_rank() :][:2]
-            micro = build_microbatch(mine, recipe, 64, tally)
-            plain = training_loss(recipe)(Constant(), build_microbatch(mine, recipe, 64))
+            micro = build_microbatch(
+                mine, recipe, 16, tally
+            )  # which the samples fill, so that the cut goes through one
+            plain = training_loss(recipe)(Constant(), build_microbatch(mine, recipe, 16))
             assert torch.equal(training_loss(recipe, tally)(Constant(), replace(micro, groups=None)), plain)
             halves = [loss_of(Constant(), micro.part(half, 2, 1)) for half in (0, 1)]
             assert sum(halves).item() == pytest.approx(plain.item(), rel=1e-5)  # type: ignore[union-attr]
@@ -43,12 +54,7 @@ def test_means_of_buckets_and_quantiles_over_ranks_and_steps() -> None:
     for one in (one for step in STEPS for one in step):
         micro = build_microbatch([one], WHOLE, 64)
         loss = 4 * training_loss(WHOLE)(Constant(), micro).item()
-        shape = (one.bucket.frames, one.bucket.height // 2, one.bucket.width // 2)
-        _, _, places = draw_frames(shape, one.latent.mean.shape[1:], WHOLE, (1, 2, one.position))
-        # The timestep is a shifted sigmoid of z, of which the place is the normal distribution.
-        t = micro.row.timestep[0].double()
-        assert places[0].item() == pytest.approx(torch.special.ndtr(torch.logit(t / (3 - 2 * t))).item(), abs=1e-4)
-        for name in (f"bucket_{one.bucket}", f"q{(int(places[0] * 5) + 0.5) / 5:.2f}"):
+        for name in (f"bucket_{one.bucket}", quantile_of(micro.row.timestep[0])):
             by_name.setdefault(name, []).append(loss)
     assert whole == pytest.approx({name: mean(losses) for name, losses in by_name.items()}, rel=1e-5)
     assert len([name for name in whole if name[0] == "q"]) > 2
@@ -59,13 +65,12 @@ def test_means_of_buckets_and_quantiles_over_ranks_and_steps() -> None:
         micro = build_microbatch([one], CHUNKED, 64)
         tokens = (one.bucket.height // 2) * (one.bucket.width // 2)
         shape = (one.bucket.frames, one.bucket.height // 2, one.bucket.width // 2)
-        _, given, places = draw_frames(shape, one.latent.mean.shape[1:], CHUNKED, (1, 2, one.position))
+        timesteps, given, _ = draw_frames(shape, one.latent.mean.shape[1:], CHUNKED, (1, 2, one.position))
         losses = (micro.noise - micro.data).square().mean(-1)
         for frame in range(one.bucket.frames):
             for token in range(frame * tokens, (frame + 1) * tokens):
                 weight = 0.0 if given[frame] else micro.weight[token].item()
-                name = f"q{(int(places[frame] * 5) + 0.5) / 5:.2f}"
-                sums.setdefault(name, []).append((losses[token].item() * weight, weight))
+                sums.setdefault(quantile_of(timesteps[frame]), []).append((losses[token].item() * weight, weight))
     expected = {
         name: sum(loss for loss, _ in of) / sum(weight for _, weight in of)
         for name, of in sums.items()
