@@ -34,8 +34,8 @@ from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
 
-# Sections of the config that what is learnt, and how fast, depends on: TensorBoard's hyper-parameters.
-LEARNING = ("engine", "data", "model", "objective", "flow", "gaussian", "optim", "stages", "parallel", "precision")
+# Sections of the config that are TensorBoard's hyper-parameters: it shows the first keys of the alphabet, unless told otherwise.
+LEARNING = ("engine", "flow", "gaussian", "model", "objective", "optim", "parallel", "precision", "stages")
 
 
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
@@ -183,6 +183,7 @@ def open_boards(journal: Journal, config: Config) -> None:
     observe, plain = config.observe, to_dict(config)
     if observe.tensorboard:
         told = flatten({section: plain[section] for section in LEARNING})
+        told["data.global_batch"] = config.data.global_batch
         text = yaml.safe_dump(plain, sort_keys=False)
         journal.open_board(lambda: TensorBoard(journal.run, told, text))
     if observe.wandb != "off":
