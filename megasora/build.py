@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from data_pipelines.buckets import buckets_of
+from megasora.config import flatten, to_dict
 from megasora.device import pick_device
 from megasora.diffusion.objective import Objective, build_objective
 from megasora.encoders import LatentFacts
@@ -21,13 +23,19 @@ from megasora.microbatch import Recipe, tokens_of
 from megasora.models.attention import compute_capability, find_attention
 from megasora.models.base import Model
 from megasora.models.families import build_model, chunk_of
+from megasora.observe.boards import TensorBoard, WeightsAndBiases
 from megasora.observe.logs import start_logging
+from megasora.observe.metrics import Journal
+from megasora.observe.tally import Tally
 from megasora.parallel.fp8 import check_fp8
 from megasora.parallel.layout import Layout
 from megasora.parallel.mesh import Processes, processes_of_a_node
 from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
 from megasora.seeding import fold
+
+# Sections of the config that are TensorBoard's hyper-parameters: it shows the first keys of the alphabet, unless told otherwise.
+LEARNING = ("engine", "flow", "gaussian", "model", "objective", "optim", "parallel", "precision", "stages")
 
 
 def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
@@ -161,3 +169,23 @@ def build_recipe(config: Config, group: Processes, latents: LatentFacts, stage: 
         global_batch=config.data.global_batch,
         device=group.device,
     )
+
+
+def build_tally(config: Config, device: torch.device) -> Tally | None:
+    """Of the buckets of all stages, where there is a board to show it on."""
+    if not config.observe.tensorboard and config.observe.wandb == "off":
+        return None
+    return Tally([str(bucket) for stage in config.stages for bucket in buckets_of(stage.buckets)], device)
+
+
+def open_boards(journal: Journal, config: Config) -> None:
+    """Those that the config asks for; they show the config, too."""
+    observe, plain = config.observe, to_dict(config)
+    if observe.tensorboard:
+        told = flatten({section: plain[section] for section in LEARNING})
+        told["data.global_batch"] = config.data.global_batch
+        text = yaml.safe_dump(plain, sort_keys=False)
+        journal.open_board(lambda: TensorBoard(journal.run, told, text))
+    if observe.wandb != "off":
+        mode = observe.wandb
+        journal.open_board(lambda: WeightsAndBiases(journal.run, mode, observe.wandb_project, flatten(plain)))

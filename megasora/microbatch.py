@@ -19,6 +19,7 @@ from megasora.diffusion.flow import FlowConfig, size_shift
 from megasora.diffusion.objective import Objective
 from megasora.models.packing import Item, PackedRow, Patch, Shape, in_patches, on_device, pack, patchify, stretch
 from megasora.models.text import Text
+from megasora.observe.tally import Tally
 from megasora.seeding import generator, normal
 
 
@@ -31,13 +32,15 @@ class MicroBatch:
     noise: Tensor  # [L, P]
     weight: Tensor  # [L], or [S] of a classifier; zero for padding and for given frames
     width: int = 0  # how many of the context-parallel ranks share it; 0: all
+    groups: Tensor | None = None  # [L] or [S] int32, of a tally; None where nobody keeps one
 
     def part(self, index: int, parts: int, shared: int) -> "MicroBatch":
         """One of so many equal stretches of its tokens; attention layers see `shared` neighbouring ones."""
         begin, end = stretch(self.row.video.total, index, parts)
-        return MicroBatch(
-            self.row.part(index, parts, shared), self.data[begin:end], self.noise[begin:end], self.weight[begin:end]
-        )
+        return replace(
+            self, row=self.row.part(index, parts, shared), data=self.data[begin:end], noise=self.noise[begin:end],
+            weight=self.weight[begin:end], groups=None if self.groups is None else self.groups[begin:end],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,17 @@ class Recipe:
     quantile: float | None = None  # every timestep at this quantile of the distribution, not drawn
 
 
-def build_rows(batch: StepBatch, recipe: Recipe) -> list[MicroBatch]:
-    """This rank's micro-batches of a step."""
+def build_rows(batch: StepBatch, recipe: Recipe, tally: Tally | None = None) -> list[MicroBatch]:
+    """This rank's micro-batches of a step, with the groups of a tally."""
     rows = zip(batch.rows, batch.lengths, batch.widths, strict=True)
-    return [replace(build_microbatch(row, recipe, length), width=width) for row, length, width in rows]
+    return [replace(build_microbatch(row, recipe, length, tally), width=width) for row, length, width in rows]
 
 
-def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> MicroBatch:
+def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int, tally: Tally | None = None) -> MicroBatch:
     """Draws each sample's latent, noise, timesteps and task and packs them into a row of `length` tokens. The loss of a token is
     weighted 1 / (learned tokens of its sample · samples of the global batch), so that the sum over all rows and ranks is the
     mean of the samples' means."""
-    items, data, noise, weights = [], [], [], []
+    items, data, noise, weights, groups = [], [], [], [], []
     for sample in samples:
         name = (recipe.seed, recipe.segment, sample.position)
         latent = sample.latent
@@ -79,7 +82,7 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
         )
         clean = mean + torch.exp(0.5 * logvar) * normal(tuple(mean.shape), "posterior", *name, device=recipe.device)
         shape = in_patches(clean.shape[1:], recipe.patch)
-        timesteps, given = draw_frames(shape, clean.shape[1:], recipe, name)
+        timesteps, given, places = draw_frames(shape, clean.shape[1:], recipe, name)
         blur = normal(tuple(mean.shape), "noise", *name, device=recipe.device)
         noisy = clean
         if recipe.objective is not None:
@@ -103,6 +106,10 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
         noise.append(patchify(blur, recipe.patch))
         learned = (~given).repeat_interleave(shape[1] * shape[2])  # [L]
         weights.append(on_device(learned / (learned.sum() * recipe.global_batch), recipe.device))
+        if tally is not None:
+            of_frames = tally.groups(str(sample.bucket), places)
+            each = of_frames[:1] if recipe.objective is None else of_frames.repeat_interleave(shape[1] * shape[2])
+            groups.append(on_device(each, recipe.device))
     row = pack(items, length)
     padding = length - sum(map(len, data))
     if recipe.objective is None:
@@ -111,7 +118,8 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int) -> 
     else:
         weight = F.pad(torch.cat(weights), (0, padding))
     whole, blur = (F.pad(torch.cat(parts), (0, 0, 0, padding)) for parts in (data, noise))
-    return MicroBatch(row, whole, blur, weight)
+    group = F.pad(torch.cat(groups), (0, len(weight) - sum(map(len, groups)))) if groups else None
+    return MicroBatch(row, whole, blur, weight, groups=group)
 
 
 def drops_caption(recipe: Recipe, name: tuple[int, int, int]) -> bool:
@@ -121,42 +129,43 @@ def drops_caption(recipe: Recipe, name: tuple[int, int, int]) -> bool:
 
 def draw_frames(
     shape: Shape, latent: Sequence[int], recipe: Recipe, name: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """[T] fp32 timesteps and [T] bool, which frames are given, of a sample of (T, H, W) patches; on the CPU."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a sample of (T, H, W) patches, on the CPU: [T] fp32 timesteps, [T] bool, which frames are given, and [T] fp32, at which
+    quantile of their distribution the timesteps of the others lie."""
     T = shape[0]
     if recipe.objective is None:
-        return torch.zeros(T), torch.zeros(T, dtype=torch.bool)
+        return torch.zeros(T), torch.zeros(T, dtype=torch.bool), torch.zeros(T)
     chunks = math.ceil(T / recipe.chunk) if recipe.chunk else 1
     shift = recipe.shift * size_shift(latent, recipe.flow)
     z = normal((chunks,), "timestep", *name)
     if recipe.quantile is not None:
         z = torch.special.ndtri(torch.full((chunks,), recipe.quantile))
     drawn = recipe.objective.draw(z, shift)
-    timesteps = drawn.repeat_interleave(recipe.chunk or T)[:T]
+    timesteps, places = (of.repeat_interleave(recipe.chunk or T)[:T] for of in (drawn, torch.special.ndtr(z)))
     task, choice = torch.rand(2, generator=generator("task", *name)).tolist()
     given = torch.tensor(draw_mask(recipe.tasks, T, (task, choice)))
-    return timesteps.masked_fill(given, 0.0), given
+    return timesteps.masked_fill(given, 0.0), given, places
 
 
-def training_loss(recipe: Recipe) -> Callable[[Callable[..., Tensor], MicroBatch], Tensor]:
-    """(model, batch) -> the row's share of the loss, fp32."""
+def training_loss(recipe: Recipe, tally: Tally | None = None) -> Callable[[Callable[..., Tensor], MicroBatch], Tensor]:
+    """(model, batch) -> the row's share of the loss, fp32. A tally takes down what each token's is, where the batch has groups.
+
+    Of a classifier it is the cross-entropy of the samples' classes, to which a sample without one adds nothing.
+    """
     objective = recipe.objective
-    if objective is None:
-        return classification_loss
 
-    def diffusion_loss(model: Callable[..., Tensor], batch: MicroBatch) -> Tensor:
+    def share_of_loss(model: Callable[..., Tensor], batch: MicroBatch) -> Tensor:
         row = batch.row
-        t = row.timestep[row.runs.index][:, None]  # [L, 1]
-        loss = objective.loss(model(row), batch.data, batch.noise, row.tokens, t)  # [L]
+        if objective is None:
+            loss = F.cross_entropy(model(row).float(), row.label, ignore_index=-1, reduction="none")  # [S]
+        else:
+            t = row.timestep[row.runs.index][:, None]  # [L, 1]
+            loss = objective.loss(model(row), batch.data, batch.noise, row.tokens, t)  # [L]
+        if tally is not None and batch.groups is not None:
+            tally.add(batch.groups, loss, batch.weight)
         return (loss * batch.weight).sum()
 
-    return diffusion_loss
-
-
-def classification_loss(model: Callable[..., Tensor], batch: MicroBatch) -> Tensor:
-    """Cross-entropy of the samples' classes. A sample without one counts nothing."""
-    loss = F.cross_entropy(model(batch.row).float(), batch.row.label, ignore_index=-1, reduction="none")  # [S]
-    return (loss * batch.weight).sum()
+    return share_of_loss
 
 
 def patches_of(bucket: Bucket, compression: tuple[int, int, int], patch: Patch) -> Shape:

@@ -201,7 +201,7 @@ def describe(
     row = next(row for row in range(len(source)) if source.key(row) == sample.key) if replaced else item.row
     seeds = (recipe.seed, recipe.segment, sample.position)
     shape = in_patches(sample.latent.mean.shape[1:], recipe.patch)
-    timesteps, _ = draw_frames(shape, sample.latent.mean.shape[1:], recipe, seeds)
+    timesteps, *_ = draw_frames(shape, sample.latent.mean.shape[1:], recipe, seeds)
     return ReplayedSample(
         position=sample.position, key=sample.key, shard=source.shard_of(row), bucket=str(sample.bucket),
         caption=caption_of(read(None, source, row, as_they_are, sample.bucket)), caption_dropped=drops_caption(recipe, seeds),

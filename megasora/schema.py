@@ -205,10 +205,14 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig:
-    """The console and TensorBoard, every so many steps; metrics.jsonl has every step."""
+    """The console and the boards, every so many steps; metrics.jsonl has every step."""
 
     every: int = 10
     tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = (
+        "off"  # Weights & Biases, too; offline: in run.dir/wandb, to be sent with `wandb sync`
+    )
+    wandb_project: str = "megasora"
 
     def __post_init__(self) -> None:
         if self.every < 1:

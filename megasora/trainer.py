@@ -15,7 +15,7 @@ import yaml
 from data_pipelines.buckets import buckets_of
 from data_pipelines.errors import DataError
 from data_pipelines.loader import Replacement, StepBatch
-from megasora.build import build_engine, build_recipe, check_fit, open_run_directory
+from megasora.build import build_engine, build_recipe, build_tally, check_fit, open_boards, open_run_directory
 from megasora.checkpoint.directory import latest
 from megasora.checkpoint.fence import take_fence
 from megasora.checkpoint.load import load, resume_path
@@ -32,6 +32,7 @@ from megasora.errors import CheckpointError, StoppedEarly, StorageFull, Supersed
 from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
 from megasora.microbatch import Recipe, build_rows, training_loss
 from megasora.models.families import parameter_count
+from megasora.observe.boards import check_wandb
 from megasora.observe.clock import Clock
 from megasora.observe.hardware import device_peak, peak_memory
 from megasora.observe.logs import log
@@ -76,6 +77,7 @@ class Trainer:
         self.data = open_data(config, group.device)
         check_fit(config, group, self.data.facts)
         check_current(config)
+        check_wandb(config.observe.wandb)
         fitted = settle_recompute(config, group, self.data)
         warnings = plan_warnings(fitted, group, self.data)
         start = find_start(config, self.data)
@@ -95,12 +97,14 @@ class Trainer:
         self.segments = segments_of(config, self.breaks)
         self.last = self.segments[-1].end
         self.profiler = StepProfiler(config.profile, self.run_dir, group.device, group.rank)
-        self.journal = Journal(self.run_dir, config.observe.tensorboard) if group.is_main else None
+        self.journal = Journal(self.run_dir) if group.is_main else None
+        self.tally = build_tally(config, group.device)
         for warning in warnings:
             log.warning("%s", warning)
-        if group.is_main:  # only now: a config that may not resume here leaves the old one
+        if self.journal:  # only now: a config that may not resume here leaves the old one
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
             save_digests(self.run_dir, self.data)
+            open_boards(self.journal, config)
         self.peak_flops = device_peak(group.device, config.precision.precision)
         self.own_times, self.own_wait, self.forward_s = StepTimes(group.world), 0.0, 0.0
         self.parts: dict[str, float] = {}  # seconds of the last step
@@ -175,9 +179,9 @@ class Trainer:
     def train_step(self, batch: StepBatch, recipe: Recipe, lr: float) -> tuple[float, float]:
         """One update; the loss of the global batch and the gradient norm before clipping."""
         clock = Clock(self.group.device)  # it waits where this does
-        rows = build_rows(batch, recipe)
+        rows = build_rows(batch, recipe, self.tally)
         clock.lap("microbatch", wait=False)
-        judge = FirstCall(training_loss(recipe), self.group.device)
+        judge = FirstCall(training_loss(recipe, self.tally), self.group.device)
         loss = self.engine.forward_backward(rows, judge).item()
         clock.lap("forward_backward", wait=False)
         grad_norm = self.engine.clip().item()
@@ -252,8 +256,10 @@ class Trainer:
     def record(
         self, stage: Stage, batch: StepBatch, loss: float, grad_norm: float, lr: float, seconds: float, wait: float
     ) -> None:
-        """A line of metrics.jsonl; now and then TensorBoard and the console."""
+        """A line of metrics.jsonl; now and then the boards and the console."""
         self.step_times.append(seconds)
+        shown = self.step % self.config.observe.every == 0 or self.step in (1, self.last)
+        losses, sizes = (self.tally.take(), self.engine.sizes()) if shown and self.tally else ({}, {})
         if self.journal is None:
             return
         flops_per_s = batch.flops / seconds / self.group.world
@@ -267,8 +273,8 @@ class Trainer:
             world=self.group.world, layout=str(self.group.layout),
         )  # fmt: skip
         self.journal.step(metrics)
-        if self.step % self.config.observe.every == 0 or self.step in (1, self.last):
-            self.journal.scalars(metrics)
+        if shown:
+            self.journal.scalars(metrics, losses, sizes)
             seconds_left = (self.last - self.step) * sum(self.step_times) / len(self.step_times)
             log.info("%s", console_line(metrics, self.last, seconds_left))
 
@@ -379,8 +385,7 @@ class Trainer:
         previews = []
         for i, (caption, video) in enumerate(videos):
             previews.append(write_video([video], self.config.sample, directory / f"{i:02d}.mp4"))
-            journal.video(f"samples/{i:02d}", video, fps, self.step)
-            journal.text(f"samples/{i:02d}", caption, self.step)
+            journal.sample(f"samples/{i:02d}", video, fps, caption, self.step)
         write_sheet(previews, [caption for caption, _ in videos], directory)
         log.info("samples in %s", directory)
 

@@ -240,6 +240,19 @@ class DeepSpeedZero:
                 for flat in self.flats:
                     self.optimizer.state[flat]["ema"].lerp_(flat, 1 - self.optim.ema)
 
+    @torch.no_grad()
+    def sizes(self) -> dict[str, float]:
+        """The norm of the weights only."""
+        squares = torch.zeros((), dtype=torch.float32, device=self.processes.device)
+        for name, fragment in self.fragments.items():
+            apart = (
+                name in self.splits or self.processes.place["tp"] == 0
+            )  # of what tensor groups have whole, one counts
+            if fragment is not None and apart and (self.stage or self.mpu.get_data_parallel_rank() == 0):
+                squares += fragment.of(fragment.flat).float().norm().square().to(squares.device)
+        dist.all_reduce(squares)
+        return {"weight_norm": math.sqrt(squares.item())}
+
     def discard(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from megasora.engines.fused import LIBRARIES, Fused, FusedAdamW, check_fused
 from megasora.engines.muon import Muon
+from megasora.parallel.zero import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +89,17 @@ def build_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -
     if matrices:
         optimizers.append(Muon(matrices, config.lr, config.momentum, config.weight_decay))
     return optimizers
+
+
+def last_update(
+    state: dict[str, Tensor], weights: Tensor, lr: float, decay: float, config: OptimConfig
+) -> Tensor | None:
+    """What the last step added to a parameter, of which `weights` is this rank's share, from the state that it left: AdamW's
+    rule, with its decay. None where there was no step, and of other optimizers."""
+    if "exp_avg_sq" not in state:
+        return None
+    (b1, b2), step = config.betas, state["step"]
+    size = (local(state["exp_avg_sq"]) / (1 - b2**step)).sqrt_().add_(config.eps)
+    update = (local(state["exp_avg"]) / (1 - b1**step)).div_(size)
+    # w' = (1 - lr·decay)·w - lr·u; the w before is gone, so it is put in terms of w'.
+    return update.add_(weights, alpha=decay).mul_(lr / (lr * decay - 1))

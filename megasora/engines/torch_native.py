@@ -4,6 +4,7 @@ An engine owns everything that a training step changes. The trainer sees `forwar
 else, so that another engine can stand in its place.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.profiler import record_function
 
 from megasora.engines.fused import FusedAdamW, adamw_state
 from megasora.engines.muon import Muon, sharded_like
-from megasora.engines.optim import OptimConfig, build_optimizers
+from megasora.engines.optim import OptimConfig, build_optimizers, last_update
 from megasora.models.attention_operator import as_operator
 from megasora.models.base import Model
 from megasora.models.packing import PackedRow
@@ -86,6 +87,11 @@ class Engine(Protocol):
 
     def update(self, lr: float) -> None:
         """Steps the optimizer and the EMA, and clears the gradients."""
+        ...
+
+    def sizes(self) -> dict[str, float]:
+        """`weight_norm`, the global norm of the weights, and `update_ratio`, that of what the last update added by it: what the
+        engine can tell without memory of its own. All ranks call it."""
         ...
 
     def discard(self) -> None:
@@ -231,10 +237,7 @@ class TorchNative:
     @torch.no_grad()
     def clip(self) -> Tensor:
         gradients = {name: local(p.grad) for name, p in self.owned.items() if p.grad is not None}
-        squares = torch.zeros((), device=self.processes.device)
-        mine = [g for name, g in gradients.items() if self._counts(name)]
-        if mine:
-            squares = torch.stack(torch._foreach_norm(mine)).float().square().sum()
+        squares = self._squares(gradients)
         if self.processes.world > 1:
             dist.all_reduce(squares)
         norm = squares.sqrt()
@@ -242,6 +245,13 @@ class TorchNative:
             share = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(list(gradients.values()), share)
         return norm
+
+    def _squares(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Of this rank's shares of tensors by parameter, those that count: the sum of their squares."""
+        mine = [tensor for name, tensor in tensors.items() if self._counts(name)]
+        if not mine:
+            return torch.zeros((), device=self.processes.device)
+        return torch.stack(torch._foreach_norm(mine)).float().square().sum()
 
     def _counts(self, name: str) -> bool:
         """Whether the global norm has this rank's gradient: of what several ranks have whole, only one's counts."""
@@ -267,6 +277,27 @@ class TorchNative:
                 torch._foreach_lerp_([local(t) for t in self.ema.values()], live, 1 - self.optim.ema)
         if self.shards is not None:
             self.shards.gather()
+
+    @torch.no_grad()
+    def sizes(self) -> dict[str, float]:
+        names = {parameter: name for name, parameter in self.owned.items()}
+        found = torch.zeros(
+            3, device=self.processes.device
+        )  # squares of weights and of updates, weights without an update
+        found[0] = self._squares({name: local(p) for name, p in self.owned.items()})
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:  # one at a time: an update is as large as its weights
+                    state, decay = optimizer.state.get(parameter, {}), group["weight_decay"]
+                    update = last_update(state, local(parameter), group["lr"], decay, self.optim)
+                    if update is None:
+                        found[2] += 1
+                    else:
+                        found[1] += self._squares({names[parameter]: update})
+        dist.all_reduce(found)
+        weights, updates, unknown = found.tolist()
+        sizes = {"weight_norm": math.sqrt(weights)}
+        return sizes if unknown or not weights else sizes | {"update_ratio": math.sqrt(updates / weights)}
 
     def discard(self) -> None:
         for parameter in (*self.parameters.values(), *self.owned.values()):

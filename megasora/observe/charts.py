@@ -94,29 +94,18 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], unit: str, heigh
     drawn, top = legend_of(list(series), colour)
     top += 10
     bottom = top + height
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = bottom - share * height
+    across, up = (WIDTH - left - 20) / (x_high - x_low), height / (y_high - y_low)
+    for tick in ticks_between(y_low, y_high):
+        y = bottom - (tick - y_low) * up
         drawn.append(f'<line x1="{left}" y1="{y:.1f}" x2="{WIDTH - 20}" y2="{y:.1f}"/>')
-        label = f"{y_low + share * (y_high - y_low):.4g}"
-        drawn.append(f'<text class="faint" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    there = sorted({x for x, _ in points})
-    marks = (
-        there if 1 < len(there) <= 5 else [x_low + share * (x_high - x_low) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    )
-    for mark in marks:
-        x = left + (mark - x_low) / (x_high - x_low) * (WIDTH - left - 20)
-        last = mark == marks[-1]
-        label = f"{mark:.5g}" + (f" {unit}" if last else "")
-        drawn.append(f'<text class="faint" x="{x + 18 * last:.1f}" y="{bottom + 18}" '
-                     f'text-anchor="{"end" if last else "middle"}">{escape(label)}</text>')  # fmt: skip
+        drawn.append(f'<text class="faint" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in ticks_between(x_low, x_high):
+        x = left + (tick - x_low) * across
+        drawn.append(f'<line x1="{x:.1f}" y1="{bottom}" x2="{x:.1f}" y2="{bottom + 5}"/>')
+        drawn.append(f'<text class="faint" x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{tick:g}</text>')
+    drawn.append(f'<text class="faint" x="{left - 8}" y="{bottom + 19}" text-anchor="end">{escape(unit)}</text>')
     for name, line in series.items():
-        places = [
-            (
-                left + (x - x_low) / (x_high - x_low) * (WIDTH - left - 20),
-                bottom - (y - y_low) / (y_high - y_low) * height,
-            )
-            for x, y in line
-        ]
+        places = [(left + (x - x_low) * across, bottom - (y - y_low) * up) for x, y in line]
         if len(places) <= FEW:
             drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour[name]}"/>' for x, y in places]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -160,6 +149,14 @@ def round_ticks(most: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(most))
     step = next(step for step in (power / 5, power / 2, power, 2 * power) if most / step <= 9)
     return [i * step for i in range(int(most / step + 1e-9) + 1)]
+
+
+def ticks_between(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, three to nine of them: multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(step for step in (power / 5, power / 2, power, 2 * power) if (high - low) / step <= 8)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 def shortened(name: str, most: int = 34) -> str:

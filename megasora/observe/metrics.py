@@ -1,16 +1,16 @@
-"""What a run writes down: metrics.jsonl, events.jsonl, TensorBoard and the console line. Only the main process has one."""
+"""What a run writes down: metrics.jsonl, events.jsonl, the points of curves and the console line. Only the main process does."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.video_write import encode_gif
+from megasora.observe.boards import Board
 from megasora.observe.logs import log
 
 METRICS, EVENTS, QUARANTINE = "metrics.jsonl", "events.jsonl", "quarantine.jsonl"
@@ -45,7 +45,7 @@ class StepMetrics:
     layout: str
 
 
-TENSORBOARD = {
+CURVES = {
     "loss/train": "loss",
     "optim/lr": "lr",
     "optim/grad_norm": "grad_norm",
@@ -86,15 +86,19 @@ def history(run: Path) -> list[dict[str, Any]]:
 class Journal:
     """Appends to the run directory. `events` are starts, saves, faults, bad samples, segments."""
 
-    def __init__(self, run: Path, tensorboard: bool) -> None:
+    def __init__(self, run: Path) -> None:
         self.run = run
         self.attempt = 1 + max((line["attempt"] for line in read_lines(run / EVENTS)), default=-1)
         self.metrics, self.events = Lines(run / METRICS), Lines(run / EVENTS)
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self.boards: list[Board] = []
+        self.buckets: Counter[str] = Counter()  # samples of each since the last point
 
-            self.board = SummaryWriter(run / "tb", flush_secs=10)
+    def open_board(self, board: Callable[[], Board]) -> None:
+        """From now on points go there too; a board that cannot be opened is done without."""
+        try:
+            self.boards.append(board())
+        except Exception as error:
+            log.warning("training goes on without a board: %s: %s", type(error).__name__, error)
 
     def event(self, kind: str, **facts: Any) -> None:
         self.events.write({"attempt": self.attempt, "time": time.time(), "event": kind, **facts})
@@ -107,55 +111,41 @@ class Journal:
 
     def step(self, metrics: StepMetrics) -> None:
         self.metrics.write(asdict(metrics))
+        self.buckets.update(metrics.bucket)
 
-    def scalars(self, metrics: StepMetrics) -> None:
-        """One point of every TensorBoard curve."""
-        with self._surviving():
-            if self.board:
-                values = asdict(metrics)
-                for tag, key in TENSORBOARD.items():
-                    self.board.add_scalar(tag, values[key], metrics.step)
-                self.board.add_scalar(f"loss/stage_{metrics.stage}", metrics.loss, metrics.step)
-                for bucket, samples in metrics.bucket.items():
-                    self.board.add_scalar(f"data/bucket_{bucket}", samples, metrics.step)
+    def scalars(self, metrics: StepMetrics, losses: dict[str, float], sizes: dict[str, float]) -> None:
+        """One point of every curve, those of a tally's losses and of the engine's sizes among them."""
+        values = asdict(metrics)
+        points = {tag: values[key] for tag, key in CURVES.items()}
+        points[f"loss/stage_{metrics.stage}"] = metrics.loss
+        points |= {f"data/bucket_{bucket}": float(samples) for bucket, samples in self.buckets.items()}
+        self.buckets = Counter(dict.fromkeys(self.buckets, 0))
+        points |= {f"loss/{name}": loss for name, loss in losses.items()}
+        points |= {f"optim/{name}": size for name, size in sizes.items()}
+        self._show(lambda board: board.scalars(points, metrics.step))
 
     def evaluation(self, values: dict[str, float], step: int) -> None:
         """Points of the curves under eval/."""
-        with self._surviving():
-            if self.board:
-                for name, value in values.items():
-                    self.board.add_scalar(f"eval/{name}", value, step)
+        points = {f"eval/{name}": value for name, value in values.items()}
+        self._show(lambda board: board.scalars(points, step))
 
-    def video(self, tag: str, frames: Any, fps: float, step: int) -> None:
-        """A sample, uint8 [T, H, W, 3], as an animated image."""
-        with self._surviving():
-            if self.board:
-                from tensorboard.compat.proto.summary_pb2 import Summary
-
-                _, H, W, _ = frames.shape
-                image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=encode_gif(frames, fps))
-                self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        with self._surviving():
-            if self.board:
-                self.board.add_text(tag, text, step)
+    def sample(self, name: str, frames: Any, fps: float, caption: str, step: int) -> None:
+        """A video that the model made, uint8 [T, H, W, 3]."""
+        self._show(lambda board: board.sample(name, frames, fps, caption, step))
 
     def close(self) -> None:
         self.metrics.close()
         self.events.close()
-        with self._surviving():
-            if self.board:
-                self.board.close()
+        self._show(lambda board: board.close())
 
-    @contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """TensorBoard's writer does not outlive a full disk: it is given up, until the next start. metrics.jsonl has it all."""
-        try:
-            yield
-        except OSError as error:
-            log.warning("no more TensorBoard in this run: %s", error)
-            self.board = None
+    def _show(self, what: Callable[[Board], None]) -> None:
+        """A board that fails (TensorBoard does not outlive a full disk) is given up, until the next start."""
+        for board in list(self.boards):
+            try:
+                what(board)
+            except Exception as error:
+                log.warning("no more %s in this run: %s: %s", type(board).__name__, type(error).__name__, error)
+                self.boards.remove(board)
 
 
 class Lines:

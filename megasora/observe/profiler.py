@@ -94,8 +94,10 @@ class StepProfiler:
     def _write(self, found: profile) -> None:
         self.path.parent.mkdir(exist_ok=True)
         found.export_chrome_trace(f"{self.path}.pt.trace.json")
-        text = "\n".join([largest(found, self.device), *lines_of(communication(found.events(), self.device))])
-        self.path.with_suffix(".txt").write_text(text + "\n")
+        lines = [largest(found, self.device), *lines_of(communication(found.events(), self.device))]
+        if not on_gpu(self.device):
+            lines.append("no snapshot of the memory: this device keeps no record of its own")
+        self.path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
         if on_gpu(self.device):
             torch.cuda.memory._dump_snapshot(f"{self.path}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.overrides:
         raise ConfigError(f"compare: {args.overrides[0]} is no option of compare")
-    if args.tolerance is not None and (len(args.runs) < 2 or args.tolerance < 0):
+    if args.tolerance is not None and (len(args.runs) < 2 or not args.tolerance >= 0):
         raise ConfigError(f"compare: --tolerance={args.tolerance:g} wants two runs or more, and is not negative")
     runs = read_runs(args.runs)
     found = [summary(run) for run in runs]

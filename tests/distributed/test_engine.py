@@ -86,6 +86,7 @@ def train(layout: str, optim: OptimConfig = ADAMW, precision: str = "fp32") -> d
         result["losses"].append(engine.forward_backward(rows, loss).item())
         result["norms"].append(engine.clip().item())
         engine.update(1e-3)
+    result["sizes"] = engine.sizes()
     result["state"] = {name: whole(tensor).clone() for name, tensor in engine.tensors().items()}
     return result
 
@@ -112,7 +113,11 @@ def test_muon_is_the_same_sharded_and_bf16_follows_fp32() -> None:
         assert lower["losses"] == pytest.approx(plain["losses"], rel=2e-2)
         assert lower["losses"] != plain["losses"]
         assert all(t.dtype == torch.float32 for t in lower["state"].values())
+        assert lower["sizes"] == pytest.approx(plain["sizes"], rel=2e-2)
+        assert plain["sizes"].keys() == {"weight_norm", "update_ratio"}
         for result in sharded:
+            assert result["sizes"] == pytest.approx(by_muon["sizes"], rel=1e-5)
+            assert by_muon["sizes"].keys() == {"weight_norm"}
             assert by_muon["state"].keys() == result["state"].keys()
             for name, expected in by_muon["state"].items():
                 assert torch.allclose(result["state"][name], expected, rtol=1e-4, atol=1e-5), name
@@ -147,6 +152,31 @@ def by_hand() -> dict[str, Any]:
     assert all(torch.equal(a, b) for a, b in zip(live, engine.model.parameters(), strict=True))
     torch.testing.assert_close(live, [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
     return {"norms": norms}
+
+
+def sized() -> list[tuple[dict[str, float], dict[str, float]]]:
+    """What the engine says of weights that decay and of their update, and what they were and became."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1, 1, 1, 1), mesh_dim_names=AXES)
+    group = Processes(0, 1, torch.device("cpu"), parse_layout("dp1", 1), mesh)
+    optim = OptimConfig(weight_decay=0.5, clip=0.1)
+    engine = TorchNative(partial(NoisyDiT, CONFIG), 7, group, ParallelConfig(), EngineConfig(), optim, [])
+    assert engine.sizes().keys() == {"weight_norm"}  # no update yet
+    found = []
+    for lr in (1e-2, 3e-2):
+        before = nn.utils.parameters_to_vector(engine.model.parameters()).detach().double()
+        engine.forward_backward([row_of([0]), row_of([1])], loss)
+        engine.clip()
+        engine.update(lr)
+        after = nn.utils.parameters_to_vector(engine.model.parameters()).detach().double()
+        ratio = ((after - before).norm() / after.norm()).item()
+        found.append((engine.sizes(), {"weight_norm": after.norm().item(), "update_ratio": ratio}))
+    return found
+
+
+def test_sizes_are_those_of_the_weights_and_of_their_update() -> None:
+    (result,) = run_distributed(sized, 1)
+    for said, true in result:
+        assert said == pytest.approx(true, rel=1e-4)
 
 
 def test_an_update_is_plain_torchs() -> None:

@@ -11,6 +11,7 @@ from megasora.checkpoint.convert import differences
 from megasora.cli import main
 from megasora.observe.metrics import history
 from tests.integration.conftest import Road
+from tests.unit.test_boards import read_board
 
 pytest.importorskip("deepspeed", reason="pip install -c constraints.txt 'megasora[deepspeed]'")
 
@@ -30,6 +31,14 @@ def on(road: Road, run: Path, engine: str, layout: str, steps: int, *overrides: 
     )  # fmt: skip
 
 
+def norm_of(checkpoint: Path) -> float:
+    """Of all its weights."""
+    found = open_checkpoint(checkpoint)
+    return float(
+        torch.cat([found.read(name).flatten() for name in found.tensors if name.startswith("model/")]).double().norm()
+    )
+
+
 def small(road: Road) -> str:
     """The override by which ZeRO-3 shares out small parameters too."""
     file = road.directory / "small.json"
@@ -43,6 +52,9 @@ def test_a_run_changes_its_engine_and_back(road: Road, straight: Path) -> None:
     on(road, run, "deepspeed", "dp2,zero3", 6, small(road), "--deepspeed.checkpoints=true", "--eval.loss_every=6")
     on(road, run, "torch_native", "dp1", 9)
     assert losses(run) == pytest.approx(losses(straight)[:9], rel=1e-5)
+    for point in read_board(run).Scalars("optim/weight_norm"):
+        if point.step > 1:  # where each engine ended, which it saved
+            assert point.value == pytest.approx(norm_of(run / f"checkpoints/step-{point.step:08d}"), rel=1e-5)
 
     native, own = run / "checkpoints/step-00000006", run / "deepspeed/step-00000006"
     for form, made in (

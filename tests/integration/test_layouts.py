@@ -13,6 +13,7 @@ from data_pipelines.video import decode
 from megasora.observe.compare import check, read_runs
 from megasora.observe.metrics import EVENTS, history
 from tests.integration.conftest import Road, environment
+from tests.unit.test_boards import read_board
 
 
 def losses(road: Road, run: str) -> list[float]:
@@ -24,6 +25,13 @@ def evaluation(road: Road, run: str) -> dict[str, float]:
     lines = (road.directory / run / EVENTS).read_text().splitlines()
     *_, last = (event for event in map(json.loads, lines) if event["event"] == "eval")
     return {name: value for name, value in last.items() if name.startswith("loss")}
+
+
+def points(road: Road, run: str) -> dict[tuple[str, int], float]:
+    """What only TensorBoard has of losses and weights: by curve and step."""
+    board = read_board(road.directory / run)
+    tags = [tag for tag in board.Tags()["scalars"] if tag.startswith(("loss/q", "loss/bucket", "optim/"))]
+    return {(tag, point.step): point.value for tag in tags for point in board.Scalars(tag)}
 
 
 def frames(file: Path) -> np.ndarray:
@@ -61,6 +69,7 @@ def test_training_on_another_layout_and_back(name: str, layout: str, road: Road,
     road.run("train", f"--run.dir={run}", f"--parallel.layout={layout}", *STEPS, nproc=2)
     assert losses(road, run.name) == pytest.approx(alone, rel=1e-4)
     assert evaluation(road, run.name) == pytest.approx(evaluation(road, "layout-alone"), rel=1e-4)
+    assert points(road, run.name) == pytest.approx(points(road, "layout-alone"), rel=1e-3)
     here, there = (frames(road.directory / of / "samples/step-00000008/00.mp4") for of in (run.name, "layout-alone"))
     assert np.abs(here - there).mean() < 0.1 < there.std()
     road.run("train", f"--run.dir={run}", f"--run.resume={run / 'checkpoints' / 'step-00000004'}", *STEPS)

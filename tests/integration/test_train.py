@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megasora.checkpoint.directory import list_checkpoints
 from megasora.observe.metrics import StepMetrics, history, read_lines
 from tests.integration.conftest import Road, identical
+from tests.unit.test_boards import read_board, read_wandb
 
 Wait = Callable[[Path, int, "subprocess.Popen[str]"], None]
 
@@ -43,14 +44,41 @@ def test_the_loss_falls_and_the_run_directory_is_complete(straight: Path) -> Non
 
 
 def test_tensorboard_has_every_group_and_a_video(straight: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(straight / "tb"))
-    board.Reload()
+    board = read_board(straight)
     assert {tag.split("/")[0] for tag in board.Tags()["scalars"]} == {"loss", "optim", "perf", "memory", "data"}
     image = board.Images("samples/00")[0]
     assert image.encoded_image_string.startswith(b"GIF8")
     assert board.Scalars("loss/train")[-1].value == pytest.approx(history(straight)[-1]["loss"])
+    caption = board.Tensors("samples/00/text_summary")[0].tensor_proto.string_val[0]
+    assert caption == b"a red circle"
+    assert b"global_batch: 4" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    # The first point is of one step: its buckets' losses make up the whole one, which the tally has not touched.
+    (first, *_) = history(straight)
+    of_buckets = [count * board.Scalars(f"loss/bucket_{bucket}")[0].value for bucket, count in first["bucket"].items()]
+    assert sum(of_buckets) / first["samples"] == pytest.approx(first["loss"], rel=1e-5)
+    quantiles = [tag for tag in board.Tags()["scalars"] if tag.startswith("loss/q")]
+    assert sorted(quantiles) == ["loss/q0.10", "loss/q0.30", "loss/q0.50", "loss/q0.70", "loss/q0.90"]
+    assert board.Scalars("optim/weight_norm")[-1].value > 1
+    assert 0 < board.Scalars("optim/update_ratio")[-1].value < 0.1
+
+
+def test_boards_change_nothing_and_weights_and_biases_has_the_curves(road: Road, straight: Path) -> None:
+    pytest.importorskip("wandb", reason="pip install -c constraints.txt 'megasora[wandb]'")
+    with_wandb, without = road.directory / "wandb-run", road.directory / "no-boards"
+    road.run("train", f"--run.dir={with_wandb}", "--run.steps=3", "--eval.every=3", "--observe.wandb=offline")
+    road.run("train", f"--run.dir={without}", "--run.steps=3", "--observe.tensorboard=false")
+    assert identical(with_wandb) == identical(without) == identical(straight)[:3]
+    assert not (without / "tb").exists()
+    (file,) = with_wandb.glob("wandb/offline-run-*/run-*.wandb")
+    points = [
+        {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        for record in read_wandb(file)
+        if record.HasField("history")
+    ]
+    losses = {int(point["step"]): float(point["loss/train"]) for point in points if "loss/train" in point}
+    expected = {line["step"]: line["loss"] for line in history(straight)[:3]}
+    assert losses == {1: expected[1], 3: expected[3]}
+    assert any("samples/00" in point for point in points)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -243,6 +271,7 @@ def test_steps_are_profiled_on_every_rank(road: Road, straight: Path) -> None:
         table = (run / f"profile/rank-0000{rank}.txt").read_text()
         assert "aten::addmm" in table
         assert re.search(r"all_reduce +\d+ calls", table)
+        assert "no snapshot of the memory" in table
         trace = json.loads((run / f"profile/rank-0000{rank}.pt.trace.json").read_text())
         names = [event.get("name") for event in trace["traceEvents"]]
         assert sum(name == "aten::_foreach_norm" for name in names) == 2  # two steps

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megasora.cli import main
+from megasora.observe.charts import ticks_between
 
 
 def write_run(path: Path, losses: list[float | None], orders: str = "", layout: str = "dp1") -> str:
@@ -85,6 +86,7 @@ def test_the_page_draws_every_run(first: str, tmp_path: Path) -> None:
     [
         (("nowhere",), "nowhere: no run here"),
         (("{first}", "--tolerance", "1e-3"), "wants two runs"),
+        (("{first}", "{first}", "--tolerance", "nan"), "--tolerance=nan wants two runs or more, and is not negative"),
         (("{first}", "--model.depth=3"), "--model.depth=3 is no option"),
         (("{first}", "--html", "/nowhere/page.html"), "--html=/nowhere/page.html: No such file"),
     ],
@@ -94,3 +96,16 @@ def test_what_cannot_be_compared(
 ) -> None:
     assert main(["compare", *(argument.format(first=first) for argument in arguments)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (1, 400, [50, 100, 150, 200, 250, 300, 350, 400]),
+        (0.3047, 2.498, [0.5, 1, 1.5, 2]),
+        (-1e-3, 1.1e-3, [-1e-3, -5e-4, 0, 5e-4, 1e-3]),
+        (1.689e-6, 0.001994, [0.0005, 0.001, 0.0015]),
+    ],
+)
+def test_axes_have_round_numbers(low: float, high: float, ticks: list[float]) -> None:
+    assert ticks_between(low, high) == pytest.approx(ticks, abs=1e-12)

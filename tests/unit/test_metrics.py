@@ -14,14 +14,14 @@ def line(attempt: int, step: int, loss: float) -> StepMetrics:
 
 
 def test_of_one_step_the_highest_attempt_counts_and_torn_lines_do_not(tmp_path: Path) -> None:
-    first = Journal(tmp_path, tensorboard=False)
+    first = Journal(tmp_path)
     first.event("start")
     for step in (1, 2, 3):
         first.step(line(first.attempt, step, loss=step))
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"attempt": 0, "step": 4, "lo')  # killed here
-    second = Journal(tmp_path, tensorboard=False)
+    second = Journal(tmp_path)
     second.event("start")
     assert second.attempt == 1
     for step in (3, 4):
@@ -37,7 +37,7 @@ def test_of_one_step_the_highest_attempt_counts_and_torn_lines_do_not(tmp_path: 
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, tensorboard=False)
+    journal = Journal(tmp_path)
     journal.step(line(0, 1, loss=float("nan")))
     journal.close()
     assert history(tmp_path)[0]["loss"] is None
@@ -53,7 +53,7 @@ def test_the_console_line() -> None:
 
 def test_a_replay_takes_the_replacements_of_the_log(tmp_path: Path) -> None:
     for segment, by in ((0, "b"), (1, "c")):
-        journal = Journal(tmp_path, tensorboard=False)
+        journal = Journal(tmp_path)
         journal.event("bad_sample", segment=segment, position=7, key="a", reason="torn", by=by)
         journal.close()
     assert logged_replacements(tmp_path) == {0: {7: "b"}, 1: {7: "c"}}
