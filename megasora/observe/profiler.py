@@ -106,8 +106,9 @@ class StepProfiler:
 
 def largest(found: profile, device: torch.device) -> str:
     """A table of the operators whose own time is largest."""
-    kind = "cuda" if on_gpu(device) else "cpu"
-    return str(found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=ROWS, max_name_column_width=60))
+    return str(
+        found.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=ROWS, max_name_column_width=60)
+    )
 
 
 def communication(events: Iterable[Any], device: torch.device) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """What the trainer's ranks agree on, and what a stage counts."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from megasora import trainer as module
 from megasora.cluster.heartbeat import Heartbeat
+from megasora.observe.profiler import ProfileConfig, StepProfiler
 from megasora.schema import Config, Stage
 from megasora.segments import Segment
 from megasora.trainer import Trainer
@@ -26,6 +28,7 @@ def bare(**facts: Any) -> Trainer:
             "saver": SimpleNamespace(done=False),
             "beat": Heartbeat(0),
             "step": 0,
+            "profiler": StepProfiler(ProfileConfig(), Path(), torch.device("cpu"), 0),
             **facts,
         }
     )
