@@ -5,11 +5,13 @@
 FLOPs: the closed form of a step's samples against the products that torch's FlopCounterMode sees in the engine's own forward and
 backward. Tokens/s: against a stopwatch in this process, which starts and stops it by the lines that the bench logs. Memory: the
 peak against the VmHWM of the other process; and the sum of the parts, by storages, against it too, as the difference of two
-models, for a process has memory of its own beside its tensors.
+models, for a process has memory of its own beside its tensors; once with glibc's heap, which keeps what was freed, and once
+without it (`memory_mapped`).
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +37,7 @@ ONE_SHAPE = ["--stages=[{name: s, steps: 1, buckets: {resolutions: [128], frames
              "--data.global_batch=4", "--data.capacity=1024", "--optim.name=adamw", "--parallel.recompute=none"]  # fmt: skip
 LARGER = ["--model.width=512", "--model.ffn=2048", "--model.heads=8"]
 DEPTHS = (4, 16)
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives what is larger back to the system when it is freed
 
 
 def flops(config: Config) -> dict[str, float]:
@@ -53,12 +56,13 @@ def flops(config: Config) -> dict[str, float]:
     return {"closed_form": batch.flops, "counted": counted, "ratio": batch.flops / counted}
 
 
-def bench(config: Path, words: list[str]) -> tuple[dict[str, Any], float, int]:
+def bench(config: Path, words: list[str], mapped: bool = False) -> tuple[dict[str, Any], float, int]:
     """The result, and what was seen of its only round from here: seconds, and VmHWM at its end, in bytes."""
     command = [sys.executable, "-m", "megasora", "bench", "--config", str(config), "--data=synthetic", "--json",
                "--bench.rounds=1", *words]  # fmt: skip
     begin, seconds, peak = 0.0, 0.0, 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe, environment = subprocess.PIPE, os.environ | (MAPPED if mapped else {})
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stderr:
@@ -79,10 +83,10 @@ def speed(config: Path, words: list[str]) -> dict[str, float]:
     return {"stated": stated, "stopwatch": outside, "ratio": stated / outside, "median_stated": result["tokens_per_s"]}
 
 
-def memory(config: Path, words: list[str]) -> dict[str, Any]:
+def memory(config: Path, words: list[str], mapped: bool) -> dict[str, Any]:
     found = []
     for depth in DEPTHS:
-        result, _, peak = bench(config, [*words, *LARGER, f"--model.depth={depth}", "--bench.steps=3"])
+        result, _, peak = bench(config, [*words, *LARGER, f"--model.depth={depth}", "--bench.steps=3"], mapped)
         parts = result["memory_by_part"]
         found.append({"depth": depth, "stated": result["peak_memory_bytes"], "vmhwm": peak, "parts": parts,
                       "ratio": result["peak_memory_bytes"] / peak, "by_storages": sum(parts.values())})  # fmt: skip
@@ -90,6 +94,13 @@ def memory(config: Path, words: list[str]) -> dict[str, Any]:
     by_storages, by_system = (more[name] - less[name] for name in ("by_storages", "vmhwm"))
     return {"runs": found, "difference_by_storages": by_storages, "difference_by_vmhwm": by_system,
             "ratio": by_storages / by_system}  # fmt: skip
+
+
+def show(found: dict[str, Any]) -> None:
+    for run in found["runs"]:
+        print("  peak            {stated:14,d} stated, {vmhwm:14,d} VmHWM: {ratio:.4f}; depth {depth}".format(**run))
+    print("  of more depth   {difference_by_storages:14,d} by storages, {difference_by_vmhwm:14,d} by VmHWM: {ratio:.4f}".format(
+        **found))  # fmt: skip
 
 
 def main() -> None:
@@ -110,11 +121,10 @@ def main() -> None:
             **found["tokens_per_s"]
         )
     )
-    found["memory"] = memory(args.config, words)
-    for run in found["memory"]["runs"]:
-        print("peak memory       {stated:14,d} stated, {vmhwm:14,d} VmHWM: {ratio:.4f}; depth {depth}".format(**run))
-    print("  of more depth   {difference_by_storages:14,d} by storages, {difference_by_vmhwm:14,d} by VmHWM: {ratio:.4f}".format(
-        **found["memory"]))  # fmt: skip
+    for name, mapped in (("memory", False), ("memory_mapped", True)):
+        found[name] = memory(args.config, words, mapped)
+        print(name)
+        show(found[name])
     if args.json:
         facts = {
             "date": str(date.today()),

@@ -28,7 +28,7 @@ from megasora.observe.clock import Clock
 from megasora.observe.energy import energy
 from megasora.observe.hardware import copy_peak, device_peak, gemm_peak, peak_memory
 from megasora.observe.logs import log
-from megasora.observe.memory import living, state_by_part, storages
+from megasora.observe.memory import held, living, state_by_part, storages
 from megasora.observe.noise import is_steady
 from megasora.observe.profiler import communication, computing, copied_in, labelled, length, lines_of, profiler
 from megasora.parallel.fp8 import fp8_share, mixed_peak
@@ -218,6 +218,8 @@ def watched(config: Config, engine: Engine, batch: StepBatch, recipe: Recipe) ->
     with watching() as watch:
         engine.forward_backward(build_rows(batch, recipe), training_loss(recipe))
         gradients = [local(p.grad) for p in engine.model.parameters() if p.grad is not None]
+        if not gradients:  # the engine has put them elsewhere
+            gradients = [part for gradient in engine.gradients().values() for part in held(gradient)]
         engine.clip()
         engine.update(config.optim.lr)
     parts = state_by_part(engine.model.parameters(), engine.tensors())

@@ -128,7 +128,7 @@ def gemm_peak(device: torch.device, precision: str, seconds: float = 0.2) -> flo
 def copy_peak(device: torch.device, seconds: float = 0.2) -> float:
     """Bytes/s of the best of repeated copies of more than the caches hold, read and written bytes counted."""
     size = 2**30 if on_gpu(device) else 2**28
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)  # zeros that nobody wrote are all one page
     target = torch.empty_like(source)
     return 2 * size / best_of(lambda: target.copy_(source), device, seconds)
 

@@ -2,12 +2,15 @@
 
 import gc
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megasora.device import on_gpu
+from megasora.engines.fragments import Pieces
+from megasora.parallel.zero import local
 
 
 def living(device: torch.device) -> int:
@@ -17,19 +20,25 @@ def living(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     gc.collect()
     kinds = ((one, type(one)) for one in gc.get_objects())  # isinstance would ask the objects, and some of them warn
-    tensors = (one for one, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, DTensor))
+    tensors = (one for one, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, DTensor | Pieces))
     return sum(storages(tensors).values())
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> bytes of what lies under them on this rank; views of one storage count once."""
+    """Storage -> bytes of what lies under them on this rank; views of one storage count once."""
     found = {}
-    for tensor in tensors:
-        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if here.device.type != "meta":
-            storage = here.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+    for tensor in chain.from_iterable(map(held, tensors)):
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
     return found
+
+
+def held(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that this rank has of one that may be sharded, or in pieces."""
+    if isinstance(tensor, Pieces):
+        return [piece for _, piece in tensor.pieces]
+    return [local(tensor)]
 
 
 def state_by_part(weights: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, int]:

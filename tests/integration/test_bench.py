@@ -66,6 +66,16 @@ def test_each_kind_of_communication_is_told(road: Road) -> None:
     assert result["world"] == 2
 
 
+@pytest.mark.long
+def test_the_other_engine_tells_its_parts_too(road: Road) -> None:
+    arguments = ("--bench.warmup=1", "--bench.steps=2", "--engine=deepspeed", "--parallel.layout=dp2,zero2")
+    result = json.loads(road.run("bench", "--json", "--optim.name=adamw", *arguments, nproc=2).stdout)
+    assert all(result["profiled"]["parts"][part] > 0 for part in ("forward", "backward", "optimizer", "ema"))
+    memory = result["memory_by_part"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["ema"], rel=0.01)  # a half of each, whatever the whole is
+    assert memory["gradients"] > 0
+
+
 def test_a_sweep_goes_on_when_a_point_fails(road: Road, tmp_path: Path) -> None:
     page, output = tmp_path / "sweep.html", tmp_path / "sweep.json"
     sweep = ("--sweep", "parallel.layout=dp1;tp3", "--sweep", "model.depth=1")
