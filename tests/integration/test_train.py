@@ -269,7 +269,7 @@ def test_steps_are_profiled_on_every_rank(road: Road, straight: Path) -> None:
     assert [m["loss"] for m in history(run)] == pytest.approx([m["loss"] for m in history(straight)[:5]], rel=1e-4)
     for rank in (0, 1):
         table = (run / f"profile/rank-0000{rank}.txt").read_text()
-        assert "aten::addmm" in table
+        assert "aten::" in table
         assert re.search(r"all_reduce +\d+ calls", table)
         assert "no snapshot of the memory" in table
         trace = json.loads((run / f"profile/rank-0000{rank}.pt.trace.json").read_text())
