@@ -37,18 +37,19 @@ def test_one_of_many_takers_wins_and_gives_back(tmp_path: Path) -> None:
 
 
 def race_for_a_stale_claim(directory: str, together: Any, winners: Any) -> None:
-    claims = Claims(Path(directory), seconds=0.05)
+    claims = Claims(Path(directory), seconds=60)
     together.wait()
     claim = claims.take("shard")
     winners.put(claim is not None)
-    time.sleep(0.2)  # the winner lives on: else the next to look would be right to take over
+    together.wait()  # the winner lives on: else the next to look would be right to take over
 
 
 def test_one_of_many_processes_takes_over_a_stale_claim(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for _ in range(5):
-        assert Claims(tmp_path, seconds=60).take("shard") is not None  # nobody touches it
-        time.sleep(0.15)
+        stale = Claims(tmp_path, seconds=60).take("shard")
+        assert stale is not None
+        os.utime(stale.path, (0, 0))  # nobody touches it
         together, winners = context.Barrier(4), context.Queue()
         racers = [
             context.Process(target=race_for_a_stale_claim, args=(str(tmp_path), together, winners)) for _ in range(4)
