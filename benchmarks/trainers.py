@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from megasora.models.interop.names import import_weights
 from megasora.models.packing import Item, in_patches, pack, patchify
 from megasora.models.text import Text
 from megasora.observe.hardware import peak_memory
-from megasora.parallel.mesh import processes
+from megasora.parallel.mesh import Processes, processes
 from megasora.schema import Config
 
 LATENT, TEXT = (16, 5, 32, 32), 64  # C, T, H, W; tokens of a caption
@@ -66,10 +67,9 @@ def sample(step: int) -> tuple[Tensor, Tensor, float, Tensor]:
     return clean, blur, 0.05 + 0.9 * torch.rand((), generator=random).item(), torch.randn(TEXT, 64, generator=random)
 
 
-def by_megasora(weights: Path, precision: str, compiled: bool) -> Callable[[int], float]:
+def by_megasora(weights: Path, precision: str, compiled: bool, group: Processes) -> Callable[[int], float]:
     """A step of the trainer's engine, on rows as its loader packs them."""
     config = config_of(precision, compiled)
-    group = processes("dp1").__enter__()
     engine = build_engine(config, group)
     given = import_weights(load_file(weights), wan.weight_map(config.model), config.model.depth)
     for name, tensor in engine.tensors().items():
@@ -104,14 +104,17 @@ def by_diffusers(weights: Path, precision: str, compiled: bool, accelerated: boo
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     backward: Callable[[Tensor], Any] = Tensor.backward
-    lower = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=True)
+    lower: AbstractContextManager[Any] = torch.autocast(
+        "cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=True
+    )
     clip: Callable[..., Any] = torch.nn.utils.clip_grad_norm_
     if accelerated:
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
         model, optimizer = accelerator.prepare(model, optimizer)
-        backward, lower, clip = accelerator.backward, accelerator.autocast(), accelerator.clip_grad_norm_
+        # A prepared model casts by itself.
+        backward, lower, clip = accelerator.backward, nullcontext(), accelerator.clip_grad_norm_
 
     def step(number: int) -> float:
         clean, blur, t, text = sample(number)
@@ -128,11 +131,12 @@ def by_diffusers(weights: Path, precision: str, compiled: bool, accelerated: boo
     return step
 
 
-def work(kind: str, weights: Path, precision: str, steps: int) -> dict[str, Any]:
+def work(kind: str, weights: Path, precision: str, steps: int, leaving: ExitStack) -> dict[str, Any]:
     """What one process measures: warm-up of two steps, which count as start-up and not as steps."""
     name, _, compiled = kind.partition(" ")
     if name == "megasora":
-        step = by_megasora(weights, precision, bool(compiled))
+        group = leaving.enter_context(processes("dp1"))
+        step = by_megasora(weights, precision, bool(compiled), group)
     else:
         step = by_diffusers(weights, precision, bool(compiled), name == "accelerate")
     losses = [step(0)]
@@ -157,7 +161,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         kind, weights, precision = args.worker
-        print(json.dumps(work(kind, Path(weights), precision, args.steps)), flush=True)
+        with ExitStack() as leaving:
+            print(json.dumps(work(kind, Path(weights), precision, args.steps, leaving)), flush=True)
         os._exit(0)
     facts: dict[str, Any] = {"date": str(date.today()), "command": sys.argv[1:], "latent": LATENT, "model": MODEL,
                              "others": OTHERS, "results": {}}  # fmt: skip

@@ -122,7 +122,9 @@ def fastest(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def name_of(point: Sequence[str]) -> str:
     """("--model.depth=8", "--parallel.layout=dp2") -> depth=8 dp2."""
     words = [word.partition("=") for word in point]
-    return " ".join(f"{key.removeprefix('--').rpartition('.')[2]}={value}".removeprefix("layout=") for key, _, value in words)
+    return " ".join(
+        f"{key.removeprefix('--').rpartition('.')[2]}={value}".removeprefix("layout=") for key, _, value in words
+    )
 
 
 def write(file: Path, text: str) -> None:
