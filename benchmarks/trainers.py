@@ -102,7 +102,7 @@ def by_diffusers(weights: Path, precision: str, compiled: bool, accelerated: boo
     if compiled:
         for block in model.blocks:
             block.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     backward: Callable[[Tensor], Any] = Tensor.backward
     lower: AbstractContextManager[Any] = torch.autocast(
         "cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=True
