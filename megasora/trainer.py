@@ -46,7 +46,7 @@ from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
 from megasora.segments import Segment, segments_of
-from megasora.training_data import TrainingData, build_loader, check_current, open_data
+from megasora.training_data import build_loader, check_current, open_data
 
 SAVE_MARGIN = 1.5  # a save may take so many times as long as the last one
 MAX_SKIPPED = 20  # steps in a row without an update, before a run that learns nothing is ended
@@ -62,13 +62,6 @@ def train(config: Config) -> None:
             trainer.close()
 
 
-def plan_warnings(config: Config, group: Processes, data: TrainingData) -> list[str]:
-    """What the planner has to say, on the main process. Raises ConfigError on all of them for a job that cannot fit."""
-    if config.parallel.plan_check == "off":
-        return []
-    return check_plan(config, group.layout, device_here(group.device), data, advise=group.is_main)
-
-
 class Trainer:
     """One run on one process. `step` counts the updates done, over all stages; a stage is a segment of the data's order."""
 
@@ -79,7 +72,7 @@ class Trainer:
         check_current(config)
         check_wandb(config.observe.wandb)
         fitted = settle_recompute(config, group, self.data)
-        warnings = plan_warnings(fitted, group, self.data)
+        warnings = check_plan(fitted, group.layout, device_here(group.device), self.data, group.is_main)
         start = find_start(config, self.data)
         self.run_dir = open_run_directory(config, group)
         beat.keep_stacks(self.run_dir / "logs" / f"rank-{group.rank:05d}.stacks")

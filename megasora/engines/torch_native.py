@@ -281,9 +281,7 @@ class TorchNative:
     @torch.no_grad()
     def sizes(self) -> dict[str, float]:
         names = {parameter: name for name, parameter in self.owned.items()}
-        found = torch.zeros(
-            3, device=self.processes.device
-        )  # squares of weights and of updates, weights without an update
+        found = torch.zeros(3, device=self.processes.device)  # squares of weights, of updates; how many had none
         found[0] = self._squares({name: local(p) for name, p in self.owned.items()})
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -42,11 +42,19 @@ def run(commands: str, directory: Path, variables: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("document", ["benchmark.md", "resume.md"])
+@pytest.mark.parametrize(
+    ("document", "made"),
+    [
+        ("benchmark.md", ("accepted.json", "layouts.html", "trend.html", "runs/profiled/profile", "mine.json")),
+        ("resume.md", ("compared.html", "runs/demo/replay/step-00000012", "weights", "exported/transformer")),
+    ],
+)
 @pytest.mark.timeout(600)
-def test_a_how_to_works_from_top_to_bottom(document: str, road: Road, tmp_path: Path) -> None:
+def test_a_how_to_works_from_top_to_bottom(document: str, made: tuple[str, ...], road: Road, tmp_path: Path) -> None:
+    directory = place(road, tmp_path)
     for _, commands in blocks(document):
-        run(commands, place(road, tmp_path) if not (tmp_path / "configs").exists() else tmp_path, {})
+        run(commands, directory, {})
+    assert [name for name in made if not (directory / name).exists()] == []
 
 
 def test_the_how_to_of_slurm_works_on_a_cluster(road: Road, cluster: Cluster, tmp_path: Path) -> None:
