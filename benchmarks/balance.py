@@ -20,8 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipelines.balance import Assignment, assign
-from data_pipelines.order import Order
+from data_pipelines.batches.balance import Assignment, assign
+from data_pipelines.batches.order import Order
 
 ITEMS, PER_RANK, SHARD, WINDOW = 200_000, 16, 1000, 8
 PARAMETERS, LAYERS, WIDTH = 6.455e9, 57, 3072

@@ -38,15 +38,15 @@ import xxhash
 from av.video.reformatter import Interpolation
 from PIL import Image
 
+from data_pipelines.batches.loader import DataConfig, Loader, cached_opener
+from data_pipelines.batches.order import Order
 from data_pipelines.buckets import Bucket, BucketConfig
-from data_pipelines.index import Row
-from data_pipelines.latent_shards import About, latent_sample, read_latent
-from data_pipelines.loader import DataConfig, Loader, cached_opener
-from data_pipelines.order import Order
-from data_pipelines.shards import ShardSet, ShardWriter
-from data_pipelines.tensors import tensors_in
-from data_pipelines.video import EXACT, decode
-from data_pipelines.video_write import Mp4Writer
+from data_pipelines.samples.latents import About, latent_sample, read_latent
+from data_pipelines.shards.index import Row
+from data_pipelines.shards.tars import ShardSet, ShardWriter
+from data_pipelines.shards.tensors import tensors_in
+from data_pipelines.video.files import EXACT, decode
+from data_pipelines.video.write import Mp4Writer
 
 BUCKET = Bucket(65, 256, 448)
 BUCKETS = BucketConfig(resolutions=(344,), frames=(65,), aspects=("16:9",))

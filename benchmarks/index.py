@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_pipelines.batches.loader import DataConfig, Loader, cached_opener
 from data_pipelines.buckets import Bucket, BucketConfig
-from data_pipelines.index import DIGEST, SCHEMA
-from data_pipelines.loader import DataConfig, Loader, cached_opener
-from data_pipelines.shards import ShardSet
+from data_pipelines.shards.index import DIGEST, SCHEMA
+from data_pipelines.shards.tars import ShardSet
 
 BUCKETS = BucketConfig(resolutions=(256, 480, 720), frames=(1, 17, 33, 65, 129))
 RAW = replace(cached_opener(), encoded=False)

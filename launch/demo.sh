@@ -19,7 +19,7 @@ megasora() { "$PYTHON" -m megasora "$@"; }
 rm -rf "$RUN" # the run itself is short: it is always shown from its first step
 
 say "real clips"
-"$PYTHON" -m data_pipelines.demo_clips "$DATA/raw"
+"$PYTHON" -m data_pipelines.prepare.demo_clips "$DATA/raw"
 say "prepare: cut, caption, shard"
 megasora prepare --config "$CONFIG"
 say "train-vae: a small causal 3-D VAE"

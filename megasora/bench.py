@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipelines.loader import Loader, StepBatch
+from data_pipelines.batches.loader import Loader, StepBatch
 from megasora import __version__
 from megasora.build import build_engine, build_recipe, check_fit
 from megasora.checkpoint.saver import Saver

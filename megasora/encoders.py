@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from data_pipelines.batches.loader import Opener
 from data_pipelines.buckets import Bucket, BucketConfig, buckets_of
-from data_pipelines.decode_ahead import Raw, decode_raw
-from data_pipelines.encoding import Encoders, encode_one
+from data_pipelines.encode.decode_ahead import Raw, decode_raw
+from data_pipelines.encode.run import Encoders, encode_one
 from data_pipelines.errors import DataError
-from data_pipelines.latent_shards import (
+from data_pipelines.samples.latents import (
     FORMAT,
     PREPROCESSING,
     Latent,
@@ -27,8 +28,7 @@ from data_pipelines.latent_shards import (
     describe_buckets,
     read_manifest,
 )
-from data_pipelines.loader import Opener
-from data_pipelines.storage import open_storage
+from data_pipelines.shards.storage import open_storage
 from megasora.errors import ConfigError
 from megasora.models.first_stage import PIXELS, FirstStage, open_first_stage
 from megasora.models.text import Text, TextEncoder, load_text_encoder

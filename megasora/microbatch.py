@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.batches.loader import Sample, StepBatch
 from data_pipelines.buckets import Bucket
-from data_pipelines.loader import Sample, StepBatch
 from megasora.diffusion.conditioning import draw_mask
 from megasora.diffusion.flow import FlowConfig, size_shift
 from megasora.diffusion.objective import Objective

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.video import decode, probe
-from data_pipelines.video_reader import Undecodable
-from data_pipelines.video_write import Mp4Writer, contact_sheet
+from data_pipelines.video.files import decode, probe
+from data_pipelines.video.reader import Undecodable
+from data_pipelines.video.write import Mp4Writer, contact_sheet
 from megasora.encoders import from_pixels, to_pixels
 from megasora.errors import ConfigError
 from megasora.models.families import chunk_of

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data_pipelines.loader import Loader, Sample, StepBatch
-from data_pipelines.reading import as_they_are, read
+from data_pipelines.batches.loader import Loader, Sample, StepBatch
+from data_pipelines.samples.reading import as_they_are, read
 from megasora.build import build_engine, build_recipe
 from megasora.checkpoint.directory import list_checkpoints
 from megasora.checkpoint.load import load, verify

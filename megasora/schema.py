@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import pydantic
 
+from data_pipelines.batches.loader import DataConfig
 from data_pipelines.buckets import BucketConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.prepare import PrepareConfig
+from data_pipelines.prepare.run import PrepareConfig
 from megasora.checkpoint.directory import CheckpointConfig
 from megasora.diffusion.conditioning import check_tasks
 from megasora.diffusion.flow import FlowConfig

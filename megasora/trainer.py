@@ -12,9 +12,9 @@ import torch.distributed as dist
 import xxhash
 import yaml
 
+from data_pipelines.batches.loader import Replacement, StepBatch
 from data_pipelines.buckets import buckets_of
 from data_pipelines.errors import DataError
-from data_pipelines.loader import Replacement, StepBatch
 from megasora.build import build_engine, build_recipe, build_tally, check_fit, open_boards, open_run_directory
 from megasora.checkpoint.directory import latest
 from megasora.checkpoint.fence import take_fence

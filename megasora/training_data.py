@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import xxhash
 
+from data_pipelines.batches.loader import Loader, Opener, cached_opener
+from data_pipelines.batches.row_packing import Meet
+from data_pipelines.batches.synthetic import SyntheticLatents
 from data_pipelines.buckets import Bucket
 from data_pipelines.errors import DataError
-from data_pipelines.items import SampleSource
-from data_pipelines.loader import Loader, Opener, cached_opener
-from data_pipelines.row_packing import Meet
-from data_pipelines.shards import ShardSet
-from data_pipelines.synthetic import SyntheticLatents
+from data_pipelines.samples.items import SampleSource
+from data_pipelines.shards.tars import ShardSet
 from megasora.device import on_gpu
 from megasora.encoders import LatentFacts, check_latents, open_facts, open_online
 from megasora.errors import ConfigError

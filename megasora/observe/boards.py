@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from data_pipelines.video_write import encode_gif
+from data_pipelines.video.write import encode_gif
 from megasora.errors import ConfigError
 
 

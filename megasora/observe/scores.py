@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.video import decode, probe
-from data_pipelines.video_reader import Undecodable
+from data_pipelines.video.files import decode, probe
+from data_pipelines.video.reader import Undecodable
 from megasora.errors import ConfigError
 
 CLIP_FRAMES = 8  # of a video, evenly spaced

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_pipelines.buckets import Bucket, buckets_of
-from data_pipelines.decode_ahead import bounds_of
+from data_pipelines.encode.decode_ahead import bounds_of
 from megasora.models.first_stage import PIXELS
 from megasora.models.published_vae import PUBLISHED
 from megasora.models.vae import VideoVAE

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from data_pipelines.balance import assign
+from data_pipelines.batches.balance import assign
+from data_pipelines.batches.loader import Item, Loader
+from data_pipelines.batches.pools import assign_pools
 from data_pipelines.buckets import Bucket, buckets_of
-from data_pipelines.loader import Item, Loader
-from data_pipelines.pools import assign_pools
 from megasora.errors import ConfigError
 from megasora.microbatch import patches_of
 from megasora.parallel.layout import Layout

@@ -8,9 +8,9 @@ example:
 import argparse
 import json
 
-from data_pipelines.bucket_report import bucket_report, table
+from data_pipelines.batches.bucket_report import bucket_report, table
 from data_pipelines.buckets import Bucket
-from data_pipelines.shards import ShardSet
+from data_pipelines.shards.tars import ShardSet
 from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.microbatch import patches_of, tokens_of

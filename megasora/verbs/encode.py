@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from data_pipelines.buckets import merge
-from data_pipelines.encode_report import describe
-from data_pipelines.encoding import PRIVATE, encode_shards
+from data_pipelines.encode.report import describe
+from data_pipelines.encode.run import PRIVATE, encode_shards
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.latent_shards import read_about
-from data_pipelines.shards import ShardSet
+from data_pipelines.samples.latents import read_about
+from data_pipelines.shards.tars import ShardSet
 from megasora.cli import add_config_argument
 from megasora.cluster.signals import ended_by_warning
 from megasora.config import load_config

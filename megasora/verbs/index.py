@@ -10,8 +10,8 @@ example:
 import argparse
 import json
 
-from data_pipelines.index import index_directory
-from data_pipelines.storage import open_storage
+from data_pipelines.shards.index import index_directory
+from data_pipelines.shards.storage import open_storage
 from megasora.errors import ConfigError
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress

@@ -15,7 +15,7 @@ examples:
 import argparse
 import json
 
-from data_pipelines.prepare import prepare
+from data_pipelines.prepare.run import prepare
 from megasora.cli import add_config_argument
 from megasora.cluster.signals import ended_by_warning
 from megasora.config import load_config

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.batches.order import Order
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import MEDIA
-from data_pipelines.order import Order
-from data_pipelines.shards import ShardSet
-from data_pipelines.video import decode
-from data_pipelines.video_reader import Undecodable
+from data_pipelines.shards.index import MEDIA
+from data_pipelines.shards.tars import ShardSet
+from data_pipelines.video.files import decode
+from data_pipelines.video.reader import Undecodable
 from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.device import pick_device

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipelines.demo_clips import draw_clips
+from data_pipelines.prepare.demo_clips import draw_clips
 from megasora.observe.metrics import history
 from tests.slurm import Cluster, unavailable
 

@@ -28,7 +28,7 @@ import yaml
 from safetensors.torch import save, save_file
 
 from data_pipelines.buckets import BucketConfig
-from data_pipelines.shards import ShardWriter
+from data_pipelines.shards.tars import ShardWriter
 from megasora.checkpoint.directory import newest_first
 from megasora.checkpoint.manifest import verify
 from megasora.encoders import make_manifest, open_stage

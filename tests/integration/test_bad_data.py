@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.shards import ShardSet, ShardWriter
+from data_pipelines.shards.tars import ShardSet, ShardWriter
 from megasora.cli import main
 from tests.clips import quadrants, write_clip
 from tests.integration.conftest import Road

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from data_pipelines.buckets import BucketConfig
-from data_pipelines.encoding import Encoders, encode_shards
-from data_pipelines.shards import ShardSet, ShardWriter
-from data_pipelines.video_write import encode_mp4
+from data_pipelines.encode.run import Encoders, encode_shards
+from data_pipelines.shards.tars import ShardSet, ShardWriter
+from data_pipelines.video.write import encode_mp4
 from megasora.encoders import check_latents, open_facts, open_online
 from megasora.models.vae import VAEConfig, VideoVAE
 from megasora.schema import Config, EncodeConfig, Stage
@@ -223,7 +223,7 @@ def test_a_long_clip_takes_no_more_memory_than_a_short_one(config: Config, tmp_p
 @pytest.mark.parametrize("vae", [SMALL, VAEConfig()])
 def test_online_gives_the_bits_of_the_cache(config: Config, tmp_path: Path, vae: VAEConfig) -> None:
     from data_pipelines.buckets import Bucket
-    from data_pipelines.latent_shards import read_latent
+    from data_pipelines.samples.latents import read_latent
 
     random_vae(vae).save(tmp_path / "vae")
     settings = replace(

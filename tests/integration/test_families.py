@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import save, save_file
 
 from data_pipelines.buckets import BucketConfig
-from data_pipelines.shards import ShardWriter
+from data_pipelines.shards.tars import ShardWriter
 from megasora.cli import main
 from megasora.encoders import make_manifest, open_stage
 from megasora.models.text import SmallTextEncoder

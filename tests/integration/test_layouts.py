@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.video import decode
+from data_pipelines.video.files import decode
 from megasora.observe.compare import check, read_runs
 from megasora.observe.metrics import EVENTS, history
 from tests.integration.conftest import Road, environment

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.video import probe
+from data_pipelines.video.files import probe
 from megasora.cli import main
 from tests.integration.conftest import Road
 

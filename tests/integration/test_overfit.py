@@ -9,9 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_pipelines.demo_clips import draw_clip
-from data_pipelines.video import decode
-from data_pipelines.video_write import encode_mp4
+from data_pipelines.prepare.demo_clips import draw_clip
+from data_pipelines.video.files import decode
+from data_pipelines.video.write import encode_mp4
 from megasora.cli import main
 
 CAPTION = "A red circle moves right."

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import webdataset  # noqa: F401 - forked children then need not import it, which takes longer than their work
 
-from data_pipelines.prepare import PrepareConfig, prepare
+from data_pipelines.prepare.run import PrepareConfig, prepare
 from tests.clips import noise, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from data_pipelines import row_packing
-from data_pipelines.balance import Assignment, Meet, assign
+from data_pipelines.batches import row_packing
+from data_pipelines.batches.balance import Assignment, Meet, assign
 
 
 def assert_valid(result: Assignment, tokens: list[int], costs: list[float], groups: int, capacity: int) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.bucket_report import bucket_report, table
+from data_pipelines.batches.bucket_report import bucket_report, table
 from data_pipelines.buckets import BucketConfig
-from data_pipelines.shards import ShardSet, ShardWriter
+from data_pipelines.shards.tars import ShardSet, ShardWriter
 
 
 def test_samples_tokens_cost_and_crop_by_bucket(tmp_path: Path) -> None:

@@ -34,11 +34,21 @@ LAYERS = [
     ("megasora.seeding", "megasora.device"),
     ("megasora.errors",),
     ("megasora",),  # the version
-    ("data_pipelines", "megasora_kernels"),
+    ("data_pipelines.prepare", "data_pipelines.encode", "data_pipelines.batches", "megasora_kernels"),
+    ("data_pipelines.samples",),
+    ("data_pipelines.shards",),
+    ("data_pipelines.video",),
+    ("data_pipelines",),
 ]
 # A verb declares its arguments with the CLI's helpers, and `launch` asks the CLI whether a command is sound.
 UPWARD = {("megasora.verbs", "megasora.cli")}
-SIDEWAYS_FORBIDDEN = [("data_pipelines", "megasora_kernels"), ("megasora.diffusion", "megasora.parallel")]
+SIDEWAYS_FORBIDDEN = [
+    ("data_pipelines.prepare", "data_pipelines.encode"),
+    ("data_pipelines.prepare", "data_pipelines.batches"),
+    ("data_pipelines.encode", "data_pipelines.batches"),
+    ("data_pipelines.batches", "megasora_kernels"),
+    ("megasora.diffusion", "megasora.parallel"),
+]
 
 
 def layer(module: str) -> tuple[int, str] | None:

@@ -17,12 +17,21 @@ from torch import Tensor
 
 from data_pipelines.buckets import Bucket, BucketConfig, frames_at
 from data_pipelines.claims import Claims
-from data_pipelines.decode_ahead import Ahead, Meter, Raw, bounds_of, decode_clip, decode_raw, plan_batches, stream_clip
-from data_pipelines.encode_report import read_tally
-from data_pipelines.encoding import Encoders, encode_one, encode_shards, wanted_buckets
+from data_pipelines.encode.decode_ahead import (
+    Ahead,
+    Meter,
+    Raw,
+    bounds_of,
+    decode_clip,
+    decode_raw,
+    plan_batches,
+    stream_clip,
+)
+from data_pipelines.encode.report import read_tally
+from data_pipelines.encode.run import Encoders, encode_one, encode_shards, wanted_buckets
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.items import find_items
-from data_pipelines.latent_shards import (
+from data_pipelines.samples.items import find_items
+from data_pipelines.samples.latents import (
     MANIFEST,
     check_buckets,
     check_source,
@@ -32,8 +41,8 @@ from data_pipelines.latent_shards import (
     read_latent,
     read_manifest,
 )
-from data_pipelines.shards import ShardSet, ShardWriter
-from data_pipelines.storage import Directory
+from data_pipelines.shards.storage import Directory
+from data_pipelines.shards.tars import ShardSet, ShardWriter
 from data_pipelines.workers import WorkerDied
 from tests.clips import noise, numbered, quadrants, video_bytes
 

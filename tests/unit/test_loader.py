@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from data_pipelines.batches.loader import DataConfig, Loader, StepBatch, cached_opener
+from data_pipelines.batches.order import Mixture
 from data_pipelines.buckets import Bucket, BucketConfig, frame_size
 from data_pipelines.errors import DataError
-from data_pipelines.items import find_items
-from data_pipelines.loader import DataConfig, Loader, StepBatch, cached_opener
-from data_pipelines.order import Mixture
-from data_pipelines.reading import as_they_are
-from data_pipelines.shards import ShardSet, ShardWriter
+from data_pipelines.samples.items import find_items
+from data_pipelines.samples.reading import as_they_are
+from data_pipelines.shards.tars import ShardSet, ShardWriter
 
 BUCKETS = BucketConfig(resolutions=(64,), frames=(1, 5))
 SAMPLES = 23

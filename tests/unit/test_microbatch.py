@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.batches.loader import Sample
 from data_pipelines.buckets import Bucket
-from data_pipelines.latent_shards import Latent
-from data_pipelines.loader import Sample
+from data_pipelines.samples.latents import Latent
 from megasora.diffusion.flow import FlowConfig
 from megasora.diffusion.gaussian import GaussianConfig
 from megasora.diffusion.objective import build_objective

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from data_pipelines.order import Mixture, Order, Permutation, shuffled, uniform
+from data_pipelines.batches.order import Mixture, Order, Permutation, shuffled, uniform
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])

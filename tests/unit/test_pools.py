@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from data_pipelines.pools import assign_pools
+from data_pipelines.batches.pools import assign_pools
 
 
 @pytest.mark.parametrize("pools", [1, 2, 3])

@@ -12,13 +12,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipelines.clips import bounded_size, content_change, to_hsv
-from data_pipelines.demo_clips import COLOURS, DRAWN, SIZES, WHEEL, draw_clip, draw_clips
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.latent_shards import read_label
-from data_pipelines.prepare import PrepareConfig, prepare
-from data_pipelines.shards import ShardSet
-from data_pipelines.video import decode, probe
+from data_pipelines.prepare.clips import bounded_size, content_change, to_hsv
+from data_pipelines.prepare.demo_clips import COLOURS, DRAWN, SIZES, WHEEL, draw_clip, draw_clips
+from data_pipelines.prepare.run import PrepareConfig, prepare
+from data_pipelines.samples.latents import read_label
+from data_pipelines.shards.tars import ShardSet
+from data_pipelines.video.files import decode, probe
 from tests.clips import noise, numbered, quadrants, read_number, video_bytes, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,7 +206,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_goes_on(tmp_path):
         part_files=1,
     )
     script = (
-        "import os; from data_pipelines.prepare import *\n"
+        "import os; from data_pipelines.prepare.run import *\n"
         f"prepare({config!r}, lambda done, count, name: os._exit(9) if name == 'b.mp4' else None)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 9
@@ -289,7 +289,7 @@ def test_demo_clips_without_network(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         environment = {"PATH": "/usr/bin:/bin", "PIP_INDEX_URL": f"http://127.0.0.1:{unused.getsockname()[1]}/"}
-        command = [sys.executable, "-m", "data_pipelines.demo_clips", str(tmp_path / "clips")]
+        command = [sys.executable, "-m", "data_pipelines.prepare.demo_clips", str(tmp_path / "clips")]
         first = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60
         )

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines.captions import Known, read_texts
 from data_pipelines.errors import DataError
-from data_pipelines.index import index_directory
-from data_pipelines.prepare import PrepareConfig, prepare, which_part
-from data_pipelines.prepare_parts import make_parts
-from data_pipelines.raw_inputs import Source, make_slugs
-from data_pipelines.shards import ShardSet
-from data_pipelines.storage import open_storage
-from data_pipelines.video import decode
-from data_pipelines.video_write import encode_image
+from data_pipelines.prepare.captions import Known, read_texts
+from data_pipelines.prepare.parts import make_parts
+from data_pipelines.prepare.raw_inputs import Source, make_slugs
+from data_pipelines.prepare.run import PrepareConfig, prepare, which_part
+from data_pipelines.shards.index import index_directory
+from data_pipelines.shards.storage import open_storage
+from data_pipelines.shards.tars import ShardSet
+from data_pipelines.video.files import decode
+from data_pipelines.video.write import encode_image
 from tests.clips import noise, numbered, read_number, write_clip
 
 
@@ -190,7 +190,7 @@ def test_the_times_of_frames_are_those_of_the_list():
 
 
 def test_parts_are_the_same_for_every_machine_and_cover_all(monkeypatch):
-    monkeypatch.setattr("data_pipelines.prepare_parts.PART_BYTES", 100)
+    monkeypatch.setattr("data_pipelines.prepare.parts.PART_BYTES", 100)
     sources = [
         Source(f"{n}", f"{n}", Path(f"{n}"), Known(), size) for n, size in enumerate([10, 10, 90, 200, 1, 1, 1, 1])
     ]

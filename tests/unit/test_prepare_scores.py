@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.clip_scores import (
+from data_pipelines.errors import DataError
+from data_pipelines.prepare.clip_scores import (
     Scorer,
     black_share,
     motion,
@@ -19,11 +20,10 @@ from data_pipelines.clip_scores import (
     sharpness,
     static_share,
 )
-from data_pipelines.duplicates import COLOUR_DISTANCE, find_duplicates
-from data_pipelines.errors import DataError
-from data_pipelines.prepare import PrepareConfig, prepare
-from data_pipelines.shards import ShardSet
-from data_pipelines.video_write import encode_mp4
+from data_pipelines.prepare.duplicates import COLOUR_DISTANCE, find_duplicates
+from data_pipelines.prepare.run import PrepareConfig, prepare
+from data_pipelines.shards.tars import ShardSet
+from data_pipelines.video.write import encode_mp4
 from tests.clips import noise, write_clip
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines.video import decode, probe
-from data_pipelines.video_write import encode_mp4
+from data_pipelines.video.files import decode, probe
+from data_pipelines.video.write import encode_mp4
 from megasora.encoders import from_pixels
 from megasora.errors import ConfigError
 from megasora.models.first_stage import FirstStage

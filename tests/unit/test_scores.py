@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from data_pipelines.video_write import encode_mp4
+from data_pipelines.video.write import encode_mp4
 from megasora.errors import ConfigError
 from megasora.observe.scores import clip_pixels, clip_score, frechet_distance, fvd
 

@@ -12,9 +12,9 @@ import pytest
 import webdataset
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import Problem, Row, index_directory, index_shard, scan_tar
-from data_pipelines.shards import ShardFile, ShardSet, ShardWriter
-from data_pipelines.storage import Directory, open_storage
+from data_pipelines.shards.index import Problem, Row, index_directory, index_shard, scan_tar
+from data_pipelines.shards.storage import Directory, open_storage
+from data_pipelines.shards.tars import ShardFile, ShardSet, ShardWriter
 from tests.clips import numbered, video_bytes
 
 

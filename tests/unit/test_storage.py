@@ -10,9 +10,9 @@ import boto3
 import pytest
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import index_directory
-from data_pipelines.shards import ShardSet, ShardWriter
-from data_pipelines.storage import BlockCache, CacheConfig, Remote, open_storage
+from data_pipelines.shards.index import index_directory
+from data_pipelines.shards.storage import BlockCache, CacheConfig, Remote, open_storage
+from data_pipelines.shards.tars import ShardSet, ShardWriter
 
 SAMPLES = 12
 
@@ -175,6 +175,6 @@ def test_reads_that_fail_once_are_tried_again(tmp_path: Path, monkeypatch: pytes
             return answer
         raise answer
 
-    monkeypatch.setattr("data_pipelines.storage.PAUSE", 0.0)
+    monkeypatch.setattr("data_pipelines.shards.storage.PAUSE", 0.0)
     monkeypatch.setattr(storage._files, "cat_file", cat_file, raising=False)
     assert storage.read("a") == b"content"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from data_pipelines.tensors import DTYPES, tensors_in
+from data_pipelines.shards.tensors import DTYPES, tensors_in
 
 
 def examples() -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from data_pipelines.shards import ShardWriter
+from data_pipelines.shards.tars import ShardWriter
 from megasora.cli import main
 from megasora.errors import ConfigError
 from megasora.models.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss

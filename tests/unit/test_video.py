@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.video import decode, probe
-from data_pipelines.video_reader import Undecodable, VideoReader
-from data_pipelines.video_write import contact_sheet, encode_gif, encode_image, encode_mp4
+from data_pipelines.video.files import decode, probe
+from data_pipelines.video.reader import Undecodable, VideoReader
+from data_pipelines.video.write import contact_sheet, encode_gif, encode_image, encode_mp4
 from tests.clips import corner_colours, noise, numbered, quadrants, read_number, video_bytes
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipelines.video import decode, probe
-from data_pipelines.video_reader import Undecodable
+from data_pipelines.video.files import decode, probe
+from data_pipelines.video.reader import Undecodable
 from data_pipelines.workers import WorkerPool
 from tests.clips import noise, numbered, video_bytes
 
@@ -22,8 +22,8 @@ import resource, sys, warnings
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 warnings.simplefilter("ignore")
-from data_pipelines.video import decode, probe
-from data_pipelines.video_reader import Undecodable
+from data_pipelines.video.files import decode, probe
+from data_pipelines.video.reader import Undecodable
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 before = peak()

@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines.video import decode, iter_frames
-from data_pipelines.video_reader import Undecodable, VideoReader
-from data_pipelines.video_write import encode_image
+from data_pipelines.video.files import decode, iter_frames
+from data_pipelines.video.reader import Undecodable, VideoReader
+from data_pipelines.video.write import encode_image
 from tests.clips import noise, numbered, read_number, video_bytes
 
 FRAMES = 60

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.clip_scores import HASH_FRAMES, Scorer, out_of_limits
-from data_pipelines.clips import Piece, cut, frames_to_score
 from data_pipelines.errors import BadSample
-from data_pipelines.prepare_config import PrepareConfig
-from data_pipelines.raw_inputs import Source, read_source
-from data_pipelines.shards import ShardFile, ShardSet
-from data_pipelines.storage import sync, sync_directory
-from data_pipelines.video_reader import Undecodable
+from data_pipelines.prepare.clip_scores import HASH_FRAMES, Scorer, out_of_limits
+from data_pipelines.prepare.clips import Piece, cut, frames_to_score
+from data_pipelines.prepare.config import PrepareConfig
+from data_pipelines.prepare.raw_inputs import Source, read_source
+from data_pipelines.shards.storage import sync, sync_directory
+from data_pipelines.shards.tars import ShardFile, ShardSet
+from data_pipelines.video.reader import Undecodable
 
 PART_BYTES = 1 << 30  # of sources: a part ends with the one that reaches it
 EXAMPLES = 5  # names kept for each reason of dropping

@@ -16,12 +16,12 @@ import numpy as np
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.errors import BadSample
-from data_pipelines.index import MEDIA, read_metadata
-from data_pipelines.latent_shards import About, read_about
-from data_pipelines.reading import read
-from data_pipelines.shards import ShardSet
-from data_pipelines.video import decode, is_image, iter_frames
-from data_pipelines.video_reader import Undecodable, VideoReader
+from data_pipelines.samples.latents import About, read_about
+from data_pipelines.samples.reading import read
+from data_pipelines.shards.index import MEDIA, read_metadata
+from data_pipelines.shards.tars import ShardSet
+from data_pipelines.video.files import decode, is_image, iter_frames
+from data_pipelines.video.reader import Undecodable, VideoReader
 from data_pipelines.workers import WorkerPool
 
 PIECE = 16  # frames that an encoder takes at a time

@@ -6,7 +6,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipelines.buckets import Bucket, BucketConfig, Ladder, choose, frames_at, latent_ladder, raw_ladder, shares
+from data_pipelines.buckets import (
+    Bucket,
+    BucketConfig,
+    Ladder,
+    choose,
+    frames_at,
+    latent_ladder,
+    raw_ladder,
+    shares,
+)
 from data_pipelines.errors import DataError
 
 

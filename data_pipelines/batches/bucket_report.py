@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.buckets import Bucket, BucketConfig, buckets_of, cover_scale, raw_ladder, shares
-from data_pipelines.items import SampleSource
+from data_pipelines.samples.items import SampleSource
 
 
 @dataclass

@@ -14,12 +14,12 @@ from typing import Any
 
 import xxhash
 
-from data_pipelines.captions import LISTS, Known, caption_lines, listed_files, read_texts
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import MEDIA
-from data_pipelines.prepare_config import PrepareConfig
-from data_pipelines.shards import ShardSet
-from data_pipelines.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from data_pipelines.prepare.captions import LISTS, Known, caption_lines, listed_files, read_texts
+from data_pipelines.prepare.config import PrepareConfig
+from data_pipelines.shards.index import MEDIA
+from data_pipelines.shards.tars import ShardSet
+from data_pipelines.video.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 CAPTIONS = "captions.jsonl"
 READERS = 16  # threads that look at files: on network storage that is mostly waiting

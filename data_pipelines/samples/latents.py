@@ -17,10 +17,10 @@ from torch import Tensor
 
 from data_pipelines.buckets import Bucket, BucketConfig, buckets_of
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import Row
-from data_pipelines.shards import ShardSet
-from data_pipelines.storage import Storage
-from data_pipelines.tensors import tensors_in
+from data_pipelines.shards.index import Row
+from data_pipelines.shards.storage import Storage
+from data_pipelines.shards.tars import ShardSet
+from data_pipelines.shards.tensors import tensors_in
 
 MANIFEST = "latents.json"
 REPORT = "report.json"

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import (
+from data_pipelines.shards.index import (
     DIGEST,
     KEY,
     LATENTS,
@@ -39,7 +39,7 @@ from data_pipelines.index import (
     row_of,
     scan_tar,
 )
-from data_pipelines.storage import CacheConfig, Directory, Storage, open_storage, sync, sync_directory
+from data_pipelines.shards.storage import CacheConfig, Directory, Storage, open_storage, sync, sync_directory
 
 CHECKSUM = "members_xxh3"  # in KEY.json
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.balance import Assignment, spread
+from data_pipelines.batches.balance import Assignment, spread
 
 
 def assign_pools(

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.captions import Known
-from data_pipelines.clip_scores import Meter, Scorer, out_of_limits
-from data_pipelines.prepare_config import SIDE_MIN, PrepareConfig
-from data_pipelines.video import Scaler, is_image, load_image
-from data_pipelines.video_reader import Undecodable, VideoReader
-from data_pipelines.video_write import Mp4Writer, encode_image
+from data_pipelines.prepare.captions import Known
+from data_pipelines.prepare.clip_scores import Meter, Scorer, out_of_limits
+from data_pipelines.prepare.config import SIDE_MIN, PrepareConfig
+from data_pipelines.video.files import Scaler, is_image, load_image
+from data_pipelines.video.reader import Undecodable, VideoReader
+from data_pipelines.video.write import Mp4Writer, encode_image
 
 THUMBNAIL = (
     36,

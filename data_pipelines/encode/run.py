@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_pipelines.buckets import Bucket, BucketConfig, choose_frames, choose_size, frames_at
 from data_pipelines.claims import Claim, Claims, Lost
-from data_pipelines.decode_ahead import (
+from data_pipelines.encode.decode_ahead import (
     Ahead,
     Batch,
     Meter,
@@ -29,13 +29,13 @@ from data_pipelines.decode_ahead import (
     pieces_of,
     plan_batches,
 )
-from data_pipelines.encode_report import Tally, publish, read_tally, write_reports
+from data_pipelines.encode.report import Tally, publish, read_tally, write_reports
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import Row, index_name
-from data_pipelines.latent_shards import About, Latent, claim_manifest, latent_sample, pick, shard_report
-from data_pipelines.shards import ShardFile, ShardSet
-from data_pipelines.storage import sync_directory
-from data_pipelines.video_reader import Undecodable
+from data_pipelines.samples.latents import About, Latent, claim_manifest, latent_sample, pick, shard_report
+from data_pipelines.shards.index import Row, index_name
+from data_pipelines.shards.storage import sync_directory
+from data_pipelines.shards.tars import ShardFile, ShardSet
+from data_pipelines.video.reader import Undecodable
 from data_pipelines.workers import WorkerPool
 
 PRIVATE = ".encode"  # in the output while it is being made: claims, and what each worker is at

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import DataError
-from data_pipelines.prepare_config import Limits
+from data_pipelines.prepare.config import Limits
 
 # What FFmpeg's blackdetect calls black: this share of the pixels at most a tenth of white.
 BLACK_SHARE, BLACK_LEVEL = 0.98, 25

@@ -9,8 +9,8 @@ from typing import Any
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.errors import DataError
-from data_pipelines.latent_shards import REPORT, shard_report
-from data_pipelines.shards import ShardSet
+from data_pipelines.samples.latents import REPORT, shard_report
+from data_pipelines.shards.tars import ShardSet
 
 QUARANTINE = "quarantine.jsonl"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.duplicates import find_duplicates
-from data_pipelines.prepare_parts import Tally, move, private_directory
-from data_pipelines.shards import CHECKSUM, ShardFile, ShardSet
+from data_pipelines.prepare.duplicates import find_duplicates
+from data_pipelines.prepare.parts import Tally, move, private_directory
+from data_pipelines.shards.tars import CHECKSUM, ShardFile, ShardSet
 
 SHARD_BYTES = 1 << 30  # a shard ends with the sample that reaches it
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipelines.prepare_parts import Tally
-from data_pipelines.prepare_shards import Kept
+from data_pipelines.prepare.merge import Kept
+from data_pipelines.prepare.parts import Tally
 
 SECONDS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60)
 SIDES = (0, 144, 240, 360, 480, 720, 1080, 1440, 2160)

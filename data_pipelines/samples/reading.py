@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.errors import BadSample
-from data_pipelines.items import SampleSource
+from data_pipelines.samples.items import SampleSource
 from data_pipelines.workers import WorkerDied, WorkerPool
 
 Decode = Callable[[str, dict[str, Any], Bucket], Any]  # (key, members, bucket)

@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipelines.balance import Assignment, Meet, assign
+from data_pipelines.batches.balance import Assignment, Meet, assign
+from data_pipelines.batches.order import Mixture, Order, Permutation, draw, uniform
+from data_pipelines.batches.pools import assign_pools
 from data_pipelines.buckets import Bucket, BucketConfig
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.items import Items, SampleSource, find_items
-from data_pipelines.latent_shards import Latent, read_latent
-from data_pipelines.order import Mixture, Order, Permutation, draw, uniform
-from data_pipelines.pools import assign_pools
-from data_pipelines.reading import Decode, as_they_are, read
-from data_pipelines.storage import CacheConfig
+from data_pipelines.samples.items import Items, SampleSource, find_items
+from data_pipelines.samples.latents import Latent, read_latent
+from data_pipelines.samples.reading import Decode, as_they_are, read
+from data_pipelines.shards.storage import CacheConfig
 from data_pipelines.workers import WorkerPool
 
 

@@ -20,7 +20,7 @@ from av.error import FFmpegError
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
-from data_pipelines.video_reader import Undecodable, VideoReader, check_size
+from data_pipelines.video.reader import Undecodable, VideoReader, check_size
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif"}

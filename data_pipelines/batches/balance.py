@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from data_pipelines.row_packing import Floats, Ints, Meet, ascending, deal, pack
+from data_pipelines.batches.row_packing import Floats, Ints, Meet, ascending, deal, pack
 
 
 @dataclass(frozen=True, eq=False)

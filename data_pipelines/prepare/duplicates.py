@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipelines.clip_scores import HASH_BITS, HASH_FRAMES
+from data_pipelines.prepare.clip_scores import HASH_BITS, HASH_FRAMES
 
 COLOUR_DISTANCE = 32  # of 255: what differs more in the mean of red, green or blue is not the same picture
 

@@ -1,0 +1,1 @@
+"""Shards to the batches of a run: buckets, order, balance, packed rows."""

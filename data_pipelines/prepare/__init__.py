@@ -1,0 +1,1 @@
+"""Raw files to shards: sources, captions, clips, measures, duplicates."""

@@ -1,0 +1,1 @@
+"""Webdataset tars wherever they lie: storage, index, reading and writing."""
