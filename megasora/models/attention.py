@@ -11,6 +11,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from megasora_kernels.flash_cpu import CannotBuild, cannot_run, flash_cpu, library
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,7 +21,7 @@ from megasora.models.packing import Order, Segments, Windows
 
 Attention = Callable[[Tensor, Tensor, Tensor, Segments | Order, Segments | Windows | Order], Tensor]
 Span = tuple[int, int, int, int]  # first query and their number, first key and their number
-NAMES = ("auto", "sdpa", "flash4", "flash3", "flash2", "te", "cudnn", "triton")  # of model.attention
+NAMES = ("auto", "sdpa", "cpu", "flash4", "flash3", "flash2", "te", "cudnn", "triton")  # of model.attention
 # On a GPU, before torch's own. Only torch's and cuDNN's have been measured.
 PREFERRED = ("flash3", "flash4", "flash2", "te")
 
@@ -49,23 +50,65 @@ class ChosenAttention:
             raise ConfigError(
                 f"model.attention={self.name}: takes 16 bits only: precision.precision=bf16, or attention=sdpa"
             )
+        if self.name == "cpu":
+            return by_segment(cpu_attend if self.kernels(q) == "cpu" else sdpa_attend, q, k, v, queries, keys)
         if self.name == "cudnn":
             # cuDNN refuses segments with a single key: those are flash attention's.
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
                 return sdpa_attention(q, k, v, queries, keys)
         return varlen_attention(self.name, q, k, v, queries, keys)
 
+    def kernels(self, q: Tensor) -> str:
+        """Whose kernels (`FLASH`) a ring of ranks and compiled blocks call for such queries: torch's for 32 bits, as everywhere,
+        and where a library keeps its logarithms for itself."""
+        here = (q.dtype != torch.float32 or self.forced) and self.name in FLASH
+        if here and self.name == "cpu" and (reason := cannot_build()):
+            if self.forced:
+                raise ConfigError(f"model.attention=cpu: {reason}, or use auto")
+            here = False
+        return self.name if here else "sdpa"
 
-def flash_of(attention: Attention) -> Flash:
-    """The kernels of a ring of ranks: the same library's, or torch's where it does not hand out what a ring needs."""
-    return FLASH.get(attention.name if isinstance(attention, ChosenAttention) else "sdpa", FLASH["sdpa"])
+
+@cache
+def cannot_build() -> str:
+    """Why our kernels for CPUs are not to be had, or nothing; they may be compiled now."""
+    try:
+        library()
+    except CannotBuild as error:
+        log.warning("attention: our kernels for bf16 cannot be built: %s", error)
+        return str(error)
+    return ""
+
+
+def flash_of(attention: Attention, q: Tensor) -> Flash:
+    """The kernels of a ring of ranks."""
+    return FLASH[attention.kernels(q) if isinstance(attention, ChosenAttention) else "sdpa"]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments | Windows) -> Tensor:
-    """q [L, N, K], k and v [M, N, K] -> [L, N, K], by torch's flash attention; neighbouring segments of one size in one call.
+    """q [L, N, K], k and v [M, N, K] -> [L, N, K], by torch's flash attention. Vaswani et al. 2017, eq. 1."""
+    return by_segment(sdpa_attend, q, k, v, queries, keys)
 
-    A segment without keys (padding in cross-attention) gets zeros. Vaswani et al. 2017, eq. 1.
-    """
+
+def sdpa_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # torch wants [n, N, L, K]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def cpu_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flash_cpu(q, k, v)[0]
+
+
+def by_segment(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Segments,
+    keys: Segments | Windows,
+) -> Tensor:
+    """Attention of packed rows by what takes n whole sequences of one size, q [n, L, N, K], k and v [n, M, N, K]: neighbouring
+    segments of one size in one call. A segment without keys (padding in cross-attention) gets zeros."""
     outputs = []
     attended = list(zip(queries.starts, queries.lengths, keys.starts, keys.lengths, strict=True))
     for n, (a, length, b, width) in alike(attended, apart=isinstance(keys, Windows)):
@@ -76,9 +119,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
             outputs.append(torch.zeros_like(part_q))
             continue
         parts = (part_q, k[b : b + n * width], v[b : b + n * width])
-        batch = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in parts)  # torch wants [S, N, L, K]
-        y = F.scaled_dot_product_attention(next(batch), next(batch), next(batch))
-        outputs.append(y.transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(*(x.unflatten(0, (n, -1)) for x in parts)).flatten(0, 1))
     if not any(length and width for _, length, _, width in attended):
         return nothing_seen(q, k, v)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -109,6 +150,8 @@ def nothing_seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def why_not(name: str, capability: int | None) -> str:
     """Why these kernels cannot run on a device of that compute capability (90 for an H100, None for a CPU); empty if they can."""
+    if name == "cpu":
+        return "there is a GPU" if capability is not None else cannot_run()
     if missing := lacks(*MODULES.get(name, ())):
         return f"{missing} is not installed: {HOW[name]}"
     least = CAPABILITY.get(name, 0)
@@ -126,7 +169,8 @@ def choose(name: str, capability: int | None) -> tuple[str, str]:
             raise ConfigError(f"model.attention={name}: {reason}, or use auto")
         return name, "as the config says"
     if capability is None:
-        return "sdpa", "torch's flash attention for CPUs"
+        reason = why_not("cpu", capability)
+        return ("sdpa", f"torch's; {reason}") if reason else ("cpu", "our own for bf16, torch's for 32 bits")
     passed: list[str] = []
     for candidate in PREFERRED:
         reason = why_not(candidate, capability)

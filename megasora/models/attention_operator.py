@@ -31,12 +31,7 @@ class AttentionOperator(ChosenAttention):
             q, k, v = (turn(x, there, back) for x in (q, k, v))
             return turn(self(q, k, v, queries.segments, keys.segments), back, there)
         assert not isinstance(keys, Order)
-        return packed_attention(q, k, v, queries.spans, keys.spans, isinstance(keys, Windows), self.library(q))[0]
-
-    def library(self, q: Tensor) -> str:
-        """Whose kernels: torch's for 32 bits, as everywhere, and where a library keeps its logarithms for itself."""
-        here = (q.dtype != torch.float32 or self.forced) and self.name in FLASH
-        return self.name if here else "sdpa"
+        return packed_attention(q, k, v, queries.spans, keys.spans, isinstance(keys, Windows), self.kernels(q))[0]
 
 
 def as_operator(attention: Attention) -> Attention:

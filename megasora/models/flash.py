@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from megasora_kernels.flash_cpu import flash_cpu, flash_cpu_backward
 from megasora_kernels.flash_varlen import flash_varlen, flash_varlen_backward
 from torch import Tensor, nn
 
@@ -319,6 +320,7 @@ def lacks(*modules: str) -> str:
 
 FLASH = {
     "sdpa": Flash(sdpa_forward, sdpa_backward),
+    "cpu": Flash(flash_cpu, flash_cpu_backward),
     "cudnn": Flash(cudnn_forward, cudnn_backward),
     "flash2": Flash(flash2_forward, flash2_backward),
     "flash3": Flash(flash3_forward, flash3_backward),

@@ -80,7 +80,7 @@ class ContextAttention:
             whole = Segments(held[0], qkv.device)
             y = self.attention(q, k, v, whole, whole)
         else:
-            y = ring_attention(q, k, v, held, context.ring, flash_of(self.attention))
+            y = ring_attention(q, k, v, held, context.ring, flash_of(self.attention, q))
         return y if order is None else y.index_select(0, order[1])
 
 

@@ -40,7 +40,7 @@ class ContextOperator(ContextAttention):
     ) -> Tensor:
         """q, k, v [L/parts, N, K] of this part -> [L/parts, N, K]."""
         assert isinstance(self.attention, AttentionOperator)
-        library = self.attention.library(q)
+        library = self.attention.kernels(q)
         if isinstance(keys, Segments):
             if len(keys.peers) <= 1:
                 return self.attention(q, k, v, queries, keys)

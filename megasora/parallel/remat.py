@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 DEAR = re.compile(
     r"aten::_(scaled_dot_product|flash|efficient|cudnn).*attention|_c10d_functional::|megasora::.*attention"
+    r"|megasora_kernels::flash|flash_attn\w*::.*forward"
 )
 
 

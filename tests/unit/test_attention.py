@@ -2,15 +2,25 @@
 partial keys."""
 
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from megasora_kernels.flash_cpu import cannot_run, library
 
 from megasora.errors import ConfigError
 from megasora.models import attention
-from megasora.models.attention import ChosenAttention, choose, find_attention, flash_of, sdpa_attention
+from megasora.models.attention import (
+    ChosenAttention,
+    cannot_build,
+    choose,
+    find_attention,
+    flash_of,
+    sdpa_attention,
+)
+from megasora.models.attention_operator import as_operator
 from megasora.models.flash import FLASH
 from megasora.models.packing import Order, Segments, Windows
 from tests.attention_in_parts import errors_in_parts
@@ -27,7 +37,10 @@ FA2 = ("flash_attn", "flash_attn.flash_attn_interface")
 
 
 def test_the_first_that_can_run_is_chosen() -> None:
-    assert choose("auto", None) == ("sdpa", "torch's flash attention for CPUs")
+    with mock.patch.object(attention, "cannot_run", return_value="this CPU has no AVX512-BF16"):
+        assert choose("auto", None) == ("sdpa", "torch's; this CPU has no AVX512-BF16")
+    with mock.patch.object(attention, "cannot_run", return_value=""):
+        assert choose("auto", None) == ("cpu", "our own for bf16, torch's for 32 bits")
     with installed():
         name, reason = choose("auto", 90)
         assert name == "sdpa"
@@ -52,6 +65,7 @@ def test_the_first_that_can_run_is_chosen() -> None:
         ("flash3", 90, "flash_attn_interface is not installed: from the folder hopper"),
         ("te", 90, r"transformer_engine\.pytorch is not installed"),
         ("cudnn", None, "there is no CUDA device, or use auto"),
+        ("cpu", 90, "there is a GPU, or use auto"),
         ("cudnn", 75, r"compute capability 8\.0 or more is needed, this one has 7\.5"),
     ],
 )
@@ -71,7 +85,7 @@ def test_the_reason_is_logged_once() -> None:
     find_attention.cache_clear()
     with mock.patch.object(attention.log, "info") as said:
         assert find_attention("auto") is find_attention("auto")
-    said.assert_called_once_with("attention: %s (%s)", "sdpa", "torch's flash attention for CPUs")
+    said.assert_called_once_with("attention: %s (%s)", *choose("auto", None))
 
 
 def test_32_bits_go_to_torch_or_are_refused() -> None:
@@ -84,9 +98,11 @@ def test_32_bits_go_to_torch_or_are_refused() -> None:
 
 
 def test_a_ring_has_the_librarys_kernels_or_torchs() -> None:
-    assert flash_of(ChosenAttention("flash3", forced=True)) is FLASH["flash3"]
-    assert flash_of(ChosenAttention("te", forced=True)) is FLASH["sdpa"]  # keeps the logarithms for itself
-    assert flash_of(sdpa_attention) is FLASH["sdpa"]
+    short, long = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    assert flash_of(ChosenAttention("flash3", forced=False), short) is FLASH["flash3"]
+    assert flash_of(ChosenAttention("flash3", forced=False), long) is FLASH["sdpa"]  # takes 16 bits only
+    assert flash_of(ChosenAttention("te", forced=True), short) is FLASH["sdpa"]  # keeps the logarithms for itself
+    assert flash_of(sdpa_attention, short) is FLASH["sdpa"]
 
 
 # What the kernels give
@@ -94,6 +110,94 @@ def test_a_ring_has_the_librarys_kernels_or_torchs() -> None:
 
 def test_torchs_kernels_on_a_cpu_are_exact_in_parts() -> None:
     assert max(errors_in_parts(FLASH["sdpa"], torch.float32, CPU)) < 1e-5
+
+
+bf16_cpu = pytest.mark.skipif(bool(cannot_run()), reason=f"our attention for CPUs was not run: {cannot_run()}")
+
+
+@bf16_cpu
+@pytest.mark.parametrize(
+    "lengths, heads, width",
+    [((20, 12, 21), 2, 16), ((97, 300, 1), 3, 64), ((48, 256, 257), 1, 128), ((55, 33, 40), 2, 20), ((1, 1, 1), 1, 80)],
+)
+def test_our_kernels_for_cpus_are_exact_in_parts(lengths: tuple[int, int, int], heads: int, width: int) -> None:
+    """Blocks cut anywhere, heads that fill no register."""
+    found = errors_in_parts(FLASH["cpu"], torch.bfloat16, CPU, lengths, heads, width)
+    torchs = errors_in_parts(FLASH["sdpa"], torch.bfloat16, CPU, lengths, heads, width)
+    assert max(found) < 0.006
+    assert sum(found) < 1.25 * sum(torchs)
+    assert found[1] < 1e-6  # logits are never rounded
+
+
+@bf16_cpu
+def test_our_kernels_for_cpus_take_large_and_equal_logits() -> None:
+    q = 40 * torch.randn(2, 60, 2, 32).bfloat16()
+    k, v = torch.randn(2, 400, 2, 32).bfloat16(), torch.randn(2, 400, 2, 32).bfloat16()
+    for a, b in ((q, k), (q, torch.zeros_like(k)), (-40 * q, k * 40)):
+        out, lse = FLASH["cpu"].forward(a, b, v)
+        logits = torch.einsum("slnk,smnk->slnm", a.double(), b.double()) * 32**-0.5
+        expected = torch.einsum("slnm,smnk->slnk", logits.softmax(-1), v.double())
+        assert torch.allclose(lse.double(), logits.logsumexp(-1), rtol=1e-5)
+        assert ((out.double() - expected).norm() / expected.norm()).item() < 0.005
+    one = torch.full((1, 1, 1, 32), 40.0).bfloat16()  # of one key, beside which only padding lies: exp(-lse) is infinite
+    known = FLASH["cpu"].forward(one, -one, one)
+    assert known[1].item() < -9000
+    assert all(not t.isnan().any() for t in FLASH["cpu"].backward(one, one, -one, one, *known))
+
+
+@bf16_cpu
+def test_our_kernels_for_cpus_take_packed_rows_eager_and_as_operators() -> None:
+    """Segments, windows and an order, with empty ones among them: outputs and gradients."""
+    eager, sdpa = ChosenAttention("cpu", forced=False), ChosenAttention("sdpa", forced=True)
+    torch.manual_seed(0)
+    leaves = [torch.randn(n, 2, 16).bfloat16().requires_grad_() for n in (20, 24, 24)]
+    cases = [
+        (Segments((7, 0, 13), CPU), Segments((20, 4, 0), CPU)),
+        (Segments((12, 8), CPU), Windows((0, 4), (10, 20))),
+        *[(Order(Segments((5,) * 4, CPU), ((1, 4, 5),)),) * 2],
+    ]
+    for queries, keys in cases:
+        given = [leaf[:20] for leaf in leaves] if isinstance(queries, Order) else leaves
+        expected, found, operated = [
+            [y := chosen(*given, queries, keys), *torch.autograd.grad(y.float().square().sum(), leaves)]
+            for chosen in (sdpa, eager, as_operator(eager))
+        ]
+        for a, b, c in zip(expected, found, operated, strict=True):
+            assert torch.equal(b, c)
+            assert torch.allclose(a.float(), b.float(), atol=0.06, rtol=0.02)
+
+
+@bf16_cpu
+def test_our_kernels_for_cpus_give_the_same_bits_on_any_number_of_threads() -> None:
+    q = torch.randn(2, 130, 3, 32).bfloat16()
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        out, lse = FLASH["cpu"].forward(q, q, q)
+        found.append((out, lse, *FLASH["cpu"].backward(q, q, q, q, out, lse)))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@bf16_cpu
+def test_without_a_compiler_bf16_is_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    q, whole = torch.randn(6, 2, 16).bfloat16(), Segments((6,), CPU)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert choose("auto", None) == ("sdpa", "torch's; there is no C++ compiler (c++, or CXX)")
+    with pytest.raises(ConfigError, match="attention=cpu: there is no C"):
+        choose("cpu", None)
+    monkeypatch.setenv("CXX", "false")  # there, but of no use
+    for cached in (library, cannot_build):
+        cached.cache_clear()
+    with mock.patch.object(attention.log, "warning") as said:
+        y = ChosenAttention("cpu", forced=False)(q, q, q, whole, whole)
+    assert torch.equal(y, sdpa_attention(q, q, q, whole, whole))
+    assert "false: failed" in str(said.call_args)
+    with pytest.raises(ConfigError, match=r"attention=cpu: .*false: failed, or use auto"):
+        ChosenAttention("cpu", forced=True)(q, q, q, whole, whole)
+    for cached in (library, cannot_build):
+        cached.cache_clear()
 
 
 def _triton_in_parts() -> list[float]:
