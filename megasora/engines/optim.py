@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -65,8 +66,11 @@ def mesh_of(parameter: Tensor) -> object:
     return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
-def build_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Optimizers that together own every parameter once. Biases and norms do not decay; Muon takes the blocks' matrices."""
+def build_optimizers(
+    parameters: dict[str, nn.Parameter], config: OptimConfig, peers: dist.ProcessGroup | None = None
+) -> list[torch.optim.Optimizer]:
+    """Optimizers that together own every parameter once. Biases and norms do not decay; Muon takes the blocks' matrices, and
+    shares its work among the `peers` that own the same."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in parameters.items():
@@ -87,19 +91,22 @@ def build_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -
         adamw = FusedAdamW(groups, config.lr, config.betas, config.eps, LIBRARIES[config.fused])
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        optimizers.append(Muon(matrices, config.lr, config.momentum, config.weight_decay))
+        optimizers.append(Muon(matrices, config.lr, config.momentum, config.weight_decay, peers))
     return optimizers
 
 
-def last_update(
-    state: dict[str, Tensor], weights: Tensor, lr: float, decay: float, config: OptimConfig
+def last_square(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, lr: float, decay: float, config: OptimConfig
 ) -> Tensor | None:
-    """What the last step added to a parameter, of which `weights` is this rank's share, from the state that it left: AdamW's
-    rule, with its decay. None where there was no step, and of other optimizers."""
+    """The sum of squares of what the last step added to this rank's share of a parameter: Muon's own, of AdamW from the state
+    that it left. None where there was no step, and of SGD."""
+    if isinstance(optimizer, Muon):
+        return optimizer.squares.get(parameter)
+    state, weights = optimizer.state.get(parameter, {}), local(parameter)
     if "exp_avg_sq" not in state:
         return None
     (b1, b2), step = config.betas, state["step"]
     size = (local(state["exp_avg_sq"]) / (1 - b2**step)).sqrt_().add_(config.eps)
     update = (local(state["exp_avg"]) / (1 - b1**step)).div_(size)
     # w' = (1 - lr·decay)·w - lr·u; the w before is gone, so it is put in terms of w'.
-    return update.add_(weights, alpha=decay).mul_(lr / (lr * decay - 1))
+    return update.add_(weights, alpha=decay).mul_(lr / (lr * decay - 1)).square_().sum()

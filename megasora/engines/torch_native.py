@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from megasora.engines.fused import FusedAdamW, adamw_state
 from megasora.engines.muon import Muon, sharded_like
-from megasora.engines.optim import OptimConfig, build_optimizers, last_update
+from megasora.engines.optim import OptimConfig, build_optimizers, last_square
 from megasora.models.attention_operator import as_operator
 from megasora.models.base import Model
 from megasora.models.packing import PackedRow
@@ -181,7 +181,7 @@ class TorchNative:
         self.parameters = dict(model.named_parameters())
         self.shards = OptimizerShards(self.parameters, processes.replicas) if layout.zero == 1 else None
         self.owned = self.shards.owned if self.shards else self.parameters  # what this rank updates
-        self.optimizers = build_optimizers(self.owned, optim)
+        self.optimizers = build_optimizers(self.owned, optim, processes.peers)
         self.ema = {name: p.detach().clone() for name, p in self.owned.items()} if optim.ema else {}
 
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[Answering, Row], Tensor]) -> Tensor:
@@ -286,12 +286,11 @@ class TorchNative:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:  # one at a time: an update is as large as its weights
-                    state, decay = optimizer.state.get(parameter, {}), group["weight_decay"]
-                    update = last_update(state, local(parameter), group["lr"], decay, self.optim)
-                    if update is None:
+                    square = last_square(optimizer, parameter, group["lr"], group["weight_decay"], self.optim)
+                    if square is None:
                         found[2] += 1
-                    else:
-                        found[1] += self._squares({names[parameter]: update})
+                    elif self._counts(names[parameter]):
+                        found[1] += square
         dist.all_reduce(found)
         weights, updates, unknown = found.tolist()
         sizes = {"weight_norm": math.sqrt(weights)}

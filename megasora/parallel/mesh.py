@@ -75,6 +75,13 @@ class Processes:
         return self.mesh["dp_replicate", "dp_shard", "cp"]._flatten("replicas")
 
     @cached_property
+    def peers(self) -> dist.ProcessGroup | None:
+        """The processes that hold the same stage of the model, or shards of it; None where this one is alone."""
+        if self.world == self.layout.pp:
+            return None
+        return self.mesh["dp_replicate", "dp_shard", "cp", "tp"]._flatten("peers").get_group()
+
+    @cached_property
     def contexts(self) -> dict[int, Context]:
         """The groups that exchange tokens for heads, and those that form rings, by the number of ranks that share a row."""
         found = {}

@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -103,8 +103,8 @@ def alone() -> tuple[dict[str, Any], dict[str, Any]]:
     return train("dp1"), muon("dp1")
 
 
-def on_two() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    return bf16("dp2,zero3"), muon("dp2,zero3"), muon("dp2,zero1")
+def on_two() -> tuple[dict[str, Any], ...]:
+    return bf16("dp2,zero3"), muon("dp2"), muon("dp2,zero3"), muon("dp2,zero1")
 
 
 def test_muon_is_the_same_sharded_and_bf16_follows_fp32() -> None:
@@ -117,7 +117,7 @@ def test_muon_is_the_same_sharded_and_bf16_follows_fp32() -> None:
         assert plain["sizes"].keys() == {"weight_norm", "update_ratio"}
         for result in sharded:
             assert result["sizes"] == pytest.approx(by_muon["sizes"], rel=1e-5)
-            assert by_muon["sizes"].keys() == {"weight_norm"}
+            assert result["sizes"].keys() == {"weight_norm", "update_ratio"}
             assert by_muon["state"].keys() == result["state"].keys()
             for name, expected in by_muon["state"].items():
                 assert torch.allclose(result["state"][name], expected, rtol=1e-4, atol=1e-5), name
@@ -154,11 +154,11 @@ def by_hand() -> dict[str, Any]:
     return {"norms": norms}
 
 
-def sized() -> list[tuple[dict[str, float], dict[str, float]]]:
+def sized(optimizer: Literal["adamw", "muon"]) -> list[tuple[dict[str, float], dict[str, float]]]:
     """What the engine says of weights that decay and of their update, and what they were and became."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1, 1, 1, 1), mesh_dim_names=AXES)
     group = Processes(0, 1, torch.device("cpu"), parse_layout("dp1", 1), mesh)
-    optim = OptimConfig(weight_decay=0.5, clip=0.1)
+    optim = OptimConfig(name=optimizer, weight_decay=0.5, clip=0.1)
     engine = TorchNative(partial(NoisyDiT, CONFIG), 7, group, ParallelConfig(), EngineConfig(), optim, [])
     assert engine.sizes().keys() == {"weight_norm"}  # no update yet
     found = []
@@ -173,8 +173,9 @@ def sized() -> list[tuple[dict[str, float], dict[str, float]]]:
     return found
 
 
-def test_sizes_are_those_of_the_weights_and_of_their_update() -> None:
-    (result,) = run_distributed(sized, 1)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sizes_are_those_of_the_weights_and_of_their_update(optimizer: str) -> None:
+    (result,) = run_distributed(partial(sized, optimizer), 1)
     for said, true in result:
         assert said == pytest.approx(true, rel=1e-4)
 

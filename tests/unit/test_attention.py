@@ -139,7 +139,9 @@ def test_our_kernels_for_cpus_take_large_and_equal_logits() -> None:
         expected = torch.einsum("slnm,smnk->slnk", logits.softmax(-1), v.double())
         assert torch.allclose(lse.double(), logits.logsumexp(-1), rtol=1e-5)
         assert ((out.double() - expected).norm() / expected.norm()).item() < 0.005
-    one = torch.full((1, 1, 1, 32), 40.0).bfloat16()  # of one key, beside which only padding lies: exp(-lse) is infinite
+    one = torch.full(
+        (1, 1, 1, 32), 40.0
+    ).bfloat16()  # of one key, beside which only padding lies: exp(-lse) is infinite
     known = FLASH["cpu"].forward(one, -one, one)
     assert known[1].item() < -9000
     assert all(not t.isnan().any() for t in FLASH["cpu"].backward(one, one, -one, one, *known))
