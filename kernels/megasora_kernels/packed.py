@@ -40,7 +40,7 @@ def spread(values: Tensor, sample: Tensor) -> Tensor:
     if sample.is_cuda:
         return values.index_select(0, sample)
     if torch.compiler.is_compiling():
-        return _spread(values, sample)
+        return _Spread.apply(values, sample)
     if len(values) == 1:
         return values.expand(len(sample), -1)
     if isinstance(sample, FakeTensor):
@@ -54,10 +54,18 @@ def lengths_of(values: Tensor, sample: Tensor) -> list[int]:
     return lengths
 
 
-@torch.library.custom_op("megasora_kernels::spread", mutates_args=())
-def _spread(values: Tensor, sample: Tensor) -> Tensor:
-    """`spread` on a CPU as torch.compile calls it: the lengths are no part of a graph."""
-    return values.index_select(0, sample)
+class _Spread(torch.autograd.Function):
+    """`spread` on a CPU as torch.compile sees it: an index, which it fuses with what follows; the sums are an operator's, since
+    the lengths are no part of a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, sample: Tensor) -> Tensor:
+        ctx.save_for_backward(values, sample)
+        return values[sample]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, *ctx.saved_tensors), None
 
 
 @torch.library.custom_op("megasora_kernels::spread_backward", mutates_args=())
@@ -65,25 +73,9 @@ def _gather(grad: Tensor, values: Tensor, sample: Tensor) -> Tensor:
     return torch.stack([part.sum(0) for part in grad.split(lengths_of(values, sample))])
 
 
-@_spread.register_fake
-def _(values: Tensor, sample: Tensor) -> Tensor:
-    return values.new_empty(sample.shape[0], values.shape[1])
-
-
 @_gather.register_fake
 def _(grad: Tensor, values: Tensor, _sample: Tensor) -> Tensor:
     return grad.new_empty(values.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _gather(grad, *ctx.saved_tensors), None
-
-
-_spread.register_autograd(_differentiate, setup_context=_save)
 
 
 def check_row(tokens: dict[str, Tensor], modulations: dict[str, Tensor], sample: Tensor) -> None:
