@@ -65,7 +65,7 @@ def read_latent(key: str, members: dict[str, Any], frames: int | None = None, ch
             length = 1 + (frames - 1) // facts["temporal_compression"]
             mean, logvar = mean[:, :length], logvar[:, :length]
         fps, label = float(facts["fps"]), int(facts["label"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise BadSample(key, f"no latent: {error}") from None
     pooled = tensors.get("pooled" + suffix, text.new_zeros(0))
     return Latent(mean, logvar, text, pooled, fps, label)
@@ -97,7 +97,7 @@ def read_about(key: str, members: dict[str, bytes]) -> About:
         if "json" in members:
             given = json.loads(members["json"]).get("captions")
             captions = [(str(text), float(weight)) for text, weight in given] if given else captions
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise BadSample(key, "its captions cannot be read") from None
     weights = [weight for _, weight in captions]
     if not all(text.strip() for text, _ in captions) or not all(0 < weight < math.inf for weight in weights):

@@ -253,6 +253,8 @@ class ShardSet:
         shard, place = self._place(index)
         key, tar = self.key(index), self.tars[shard]
         offset, length = (int(column[place]) for column in self._ranges[shard])
+        if offset < 0 or length <= 0:
+            raise BadSample(key, f"{index_name(tar)} is damaged")
         try:
             content = self.storage.view(tar, offset, length)
         except OSError as error:
