@@ -6,7 +6,7 @@ types that describe tensors can be built from it. Entries other than tensors are
 
 import io
 import math
-import pickle
+import pickle  # nosec B403 # what is read passes `_AllowList`
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
