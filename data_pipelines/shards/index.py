@@ -382,7 +382,7 @@ def read_index(storage: Storage, tar: str) -> pa.Table:
         raise DataError(f"{path}: missing; `megasora index` writes the index of a tar") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged index; write it again with `megasora index`") from error
-    if not table.schema.equals(SCHEMA) or DIGEST not in (table.schema.metadata or {}):
+    if not table.schema.equals(SCHEMA) or not (table.schema.metadata or {}).get(DIGEST, b"").isalnum():
         raise DataError(f"{path}: an index with other columns; write it again with `megasora index`")
     if any(column.null_count for column in table.columns):
         raise DataError(f"{path}: an index with empty cells; write it again with `megasora index`")

@@ -217,6 +217,23 @@ def test_an_index_that_points_elsewhere_costs_its_samples(change: dict[str, Any]
         shards.read(1)
 
 
+@pytest.mark.parametrize("text", ["a-long-key", "digest"])
+def test_an_index_whose_texts_are_none_is_an_error_of_one_line(text: str, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write({"__key__": "a-long-key", "mp4": b"a video", "txt": "a caption", "json": dict(FACTS)})
+    file = tmp_path / "shard-000000.arrow"
+    wanted = ShardSet.open(tmp_path).digests["shard-000000.tar"].split()[1] if text == "digest" else text
+    file.write_bytes(file.read_bytes().replace(wanted.encode(), b"\xff" * len(wanted)))
+
+    def use() -> None:
+        shards = ShardSet.open(tmp_path)
+        assert shards.fingerprint
+        shards.key(0)
+
+    with pytest.raises(DataError, match=r"shard-000000\.arrow: .*write it again"):
+        use()
+
+
 def test_an_index_with_empty_cells_is_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.write({"__key__": "a", "mp4": b"a video", "txt": "a caption", "json": dict(FACTS)})
