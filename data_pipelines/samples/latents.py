@@ -206,13 +206,21 @@ def _bucket_config(found: dict[str, Any]) -> BucketConfig:
 
 def check_source(latents: Storage) -> None:
     """Raises DataError where latents are not those of their source any more, naming the shard. A source that is not at hand
-    cannot be asked."""
+    cannot be asked, nor one behind a chain of fsspec's (`reference::...`): that names files of which the address says nothing."""
     try:
         report = json.loads(latents.read(REPORT))
-        source = ShardSet.open(report["input"])
+        address, fingerprint = str(report["input"]), report["source"]
+    except OSError:
+        return
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{latents.address}/{REPORT}: damaged; run `megasora encode` again") from None
+    if "::" in address:
+        return
+    try:
+        source = ShardSet.open(address)
     except (OSError, DataError):
         return
-    if source.fingerprint == report["source"]:
+    if source.fingerprint == fingerprint:
         return
     for tar, digest in source.digests.items():
         try:

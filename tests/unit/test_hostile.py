@@ -19,9 +19,9 @@ from data_pipelines.errors import BadSample, DataError
 from data_pipelines.names import is_below, is_safe
 from data_pipelines.prepare.config import PrepareConfig
 from data_pipelines.prepare.raw_inputs import open_inputs
-from data_pipelines.samples.latents import read_about, read_latent
+from data_pipelines.samples.latents import check_source, read_about, read_latent
 from data_pipelines.shards.index import SCHEMA, TEXT_MAX, Row, index_bytes, index_directory, scan_tar
-from data_pipelines.shards.storage import CacheConfig, open_storage
+from data_pipelines.shards.storage import CacheConfig, Directory, open_storage
 from data_pipelines.shards.tars import ShardSet, ShardWriter
 from megasora.checkpoint.contents import open_checkpoint
 from megasora.checkpoint.load import load
@@ -251,6 +251,25 @@ def test_a_listing_with_hostile_names_shows_the_others(tmp_path: Path) -> None:
     for name in ("good.tar", "line\nbreak.tar", "\x1b[2Jx.tar", ".hidden.tar"):
         files.pipe_file(f"/hostile/{name}", b"x")
     assert open_storage("memory://hostile", CacheConfig(tmp_path, 0)).names() == ["good.tar"]
+
+
+@pytest.mark.parametrize("report", ["", "[" * 100_000, "[]", "5", "{}", '{"input": "x"}'])
+def test_a_report_of_latents_that_is_none_is_an_error_of_one_line(report: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(report)
+    with pytest.raises(DataError, match=r"report\.json: damaged"):
+        check_source(Directory(tmp_path))
+
+
+def test_a_report_of_latents_leads_to_no_file_that_it_does_not_name(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write({"__key__": "a", "mp4": b"a video", "txt": "a caption", "json": dict(FACTS)})
+    names = ("shard-000000.tar", "shard-000000.arrow")
+    files = {name: [f"file://{tmp_path}/shards/{name}"] for name in names}
+    (tmp_path / "references.json").write_text(json.dumps({"version": 1, "refs": files}))
+    chained = f"reference::file://{tmp_path}/references.json"
+    (tmp_path / "report.json").write_text(json.dumps({"input": chained, "source": "another"}))
+    assert open_storage(chained, CacheConfig(tmp_path, 0)).names() == sorted(names)  # it would be followed
+    check_source(Directory(tmp_path))
 
 
 # Lists of files
