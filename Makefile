@@ -41,10 +41,11 @@ test: setup ## the tests, without the long cases; what was skipped, and why, is 
 test-all: setup ## the tests with the full matrices
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-lint: setup ## ruff, mypy, shellcheck, hadolint
+lint: setup ## ruff, mypy, bandit, shellcheck, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r megasora data_pipelines kernels
 	$(BIN)/shellcheck -x $(SCRIPTS)
 	$(BIN)/hadolint Dockerfile
 

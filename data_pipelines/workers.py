@@ -1,7 +1,7 @@
 """Jobs on other processes of this machine, whose large results come back through shared memory.
 
 The shared memory has no name (memfd): it ends with the last process that holds it, however that ends, and the size of
-/dev/shm does not matter. Pickles go between these processes alone.
+/dev/shm does not matter. Pickles go between these processes alone, through pipes without a name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import pickle
+import pickle  # nosec B403 # see above
 import signal
 import sys
 import threading
@@ -157,7 +157,7 @@ class _Worker:
             offset += array.size
         if offset > KEPT:
             os.ftruncate(self._arena, 0)
-        result = pickle.loads(content, buffers=arrays)
+        result = pickle.loads(content, buffers=arrays)  # nosec B301 # from the process that this one has started
         if good:
             return result
         kind, args, state = result
@@ -214,7 +214,7 @@ def _end_with_parent() -> None:
 def _answer(call: bytes, arena: int) -> tuple[bool, bytes, list[int]]:
     """Whether it went well; the pickled result, or the error's type, arguments and attributes; bytes of each large array."""
     try:
-        function, args = pickle.loads(call)
+        function, args = pickle.loads(call)  # nosec B301 # from the process that has started this one
         return True, *_pack(function(*args), arena)
     except Exception as error:
         error.add_note("in a worker:\n" + "".join(traceback.format_exception(error)).rstrip())

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data_pipelines.errors import DataError
 from megasora import __version__
@@ -45,8 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megasora",
         usage="megasora VERB --config FILE [--section.key=value ...]",
         description="Distributed pretraining of Sora-like video generators.\n\nverbs:\n" + "\n".join(lines),
-        epilog="`megasora VERB --help` shows a verb's keys and an example.\n"
-        "exit codes: 0 done, 1 a check failed, 2 usage or config, 3 data, 4 checkpoint, 75 stopped early, run again to go on",
+        epilog="`megasora VERB --help` shows a verb's keys and examples.\n"
+        "exit codes: 0 done, 1 a check failed, 2 usage or config, 3 data, 4 checkpoint, 75 stopped early, run again to go on\n"
+        "\nexamples:\n"
+        "  megasora train --config configs/demo.yaml --run.steps=20\n"
+        "  megasora launch local --nproc 2 train --config configs/demo.yaml --parallel.layout=dp2,zero3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"megasora {__version__}")
@@ -95,18 +98,28 @@ def run_verb(argv: list[str]) -> None:
 
 def parse_verb(argv: list[str]) -> argparse.Namespace:
     """The verb's own options, `config_file` and, in `overrides`, everything of the form --section.key=value."""
-    name = argv[0]
-    verb = importlib.import_module(f"megasora.verbs.{name.replace('-', '_')}")
-    parser = _Parser(
-        prog=f"megasora {name}",
-        description=f"{verb.__doc__}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verb.add_arguments(parser)
-    args, overrides = parser.parse_known_args(argv[1:])
+    args, overrides = verb_parser(argv[0]).parse_known_args(argv[1:])
     args.overrides = overrides
     return args
+
+
+def verb_parser(name: str) -> argparse.ArgumentParser:
+    """The options of one verb; its module's docstring is what --help says."""
+    verb = importlib.import_module(f"megasora.verbs.{name.replace('-', '_')}")
+    parser = _Parser(prog=f"megasora {name}", allow_abbrev=False, **taught(f"{verb.__doc__}"))
+    verb.add_arguments(parser)
+    return parser
+
+
+def taught(text: str) -> dict[str, Any]:
+    """A parser's description and, from the line `examples:` on, what --help ends with; a test runs every example's line
+    through its parser."""
+    what, heading, lines = text.partition("\nexamples:\n")
+    return {
+        "description": what.rstrip(),
+        "epilog": f"{heading.lstrip()}{lines.rstrip()}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def check_command(argv: list[str]) -> None:
@@ -138,7 +151,7 @@ def _no_verb(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line and the keys of the verb's sections at the end of --help."""
+    """argparse, with errors as one line and, in --help, the keys of the verb's sections before the examples."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog.removeprefix('megasora ')}: {message}")
@@ -150,7 +163,8 @@ class _Parser(argparse.ArgumentParser):
         from megasora.config import describe  # only --help pays for it
 
         keys = [line for section in sections for line in describe(section)]
-        return super().format_help() + "\nkeys, with their defaults:\n" + "\n".join(keys) + "\n"
+        options, heading, examples = super().format_help().partition("examples:\n")
+        return f"{options}keys, with their defaults:\n" + "\n".join(keys) + f"\n\n{heading}{examples}"
 
 
 def console() -> None:

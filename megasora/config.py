@@ -5,6 +5,7 @@ pydantic validates plain dataclasses without the owners knowing of it, and reads
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from megasora.errors import ConfigError
 from megasora.models.families import CONFIGS, DEFAULT, PRESETS, AnyModelConfig
 from megasora.models.vae import VAE_PRESETS
 from megasora.schema import Config
+
+PASSWORD = re.compile(r"://[^/@:]+:(?!\d*(/|$))[^@]*@")  # scheme://user:password@host; a port is none
 
 
 def load_config(file: Path | None, overrides: list[str]) -> Config:
@@ -37,7 +40,15 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
-    """From what `to_dict` gives, such as the facts of a checkpoint hold. Raises ConfigError."""
+    """From what `to_dict` gives, such as the facts of a checkpoint hold. Raises ConfigError.
+
+    The config stands in every record of a run, so an address with a password in it is refused, and not repeated.
+    """
+    for key, value in flatten(raw).items():
+        if isinstance(value, str) and PASSWORD.search(value):
+            raise ConfigError(
+                f"{key}: the address has a password in it; give that by the environment or by files of the client"
+            )
     check_keys(raw, Config, "")
     try:
         return pydantic.TypeAdapter(Config).validate_python(raw)

@@ -29,7 +29,7 @@ class PrepareConfig:
 
     input: str = ""  # a directory tree, one file, a webdataset, or a list of files (.parquet, .csv, .jsonl)
     output: str = ""  # a directory that does not exist yet, is empty, or holds the result of the same prepare
-    root: str = ""  # what the paths of a list are relative to; empty: the list's own directory
+    root: str = ""  # what the paths of a list are relative to and must lie below; empty: the list's own directory
     clip_seconds: float = 4.0  # a longer shot is cut into pieces of this length
     min_frames: int = 17  # a shorter piece is dropped
     shot_threshold: float = 27.0  # a larger change from frame to frame begins a new shot (0 to 255)

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from data_pipelines.errors import BadSample, DataError
+from data_pipelines.names import is_below
 from data_pipelines.prepare.captions import LISTS, Known, caption_lines, listed_files, read_texts
 from data_pipelines.prepare.config import PrepareConfig
 from data_pipelines.shards.index import MEDIA
@@ -77,7 +78,7 @@ def read_source(source: Source, shards: ShardSet | None) -> tuple[Path | bytes, 
         captions = read_texts({"captions": about["captions"]} if isinstance(about, dict) and "captions" in about
                               else {"caption": members.get("txt", b"").decode()})  # fmt: skip
         label = int(members.get("cls", b"-1"))
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError):
         raise BadSample(source.name, "unreadable caption or class") from None
     return media[0], Known(captions, label=label)
 
@@ -162,13 +163,16 @@ def _look(path: Path) -> _Look:
 
 
 def _list(path: Path, root: Path, drop: Drop) -> Inputs:
-    """Rows of one path together: each that names a part adds it, others add captions of the whole."""
+    """Rows of one path together: each that names a part adds it, others add captions of the whole. Only files below `root` are
+    opened: lists come from others."""
     known: dict[str, Known] = {}
     for number, line in listed_files(path):
         if line is None:
             drop(f"unreadable row of {path.name}", f"row {number}")
         elif not line.path.isprintable():
             drop("not a printable UTF-8 name", ascii(line.path))
+        elif not is_below(line.path, root):
+            drop("outside of prepare.root", line.path)
         else:
             about = known.setdefault(line.path, Known(cuts=True))
             about.label = line.label if line.label >= 0 else about.label

@@ -65,7 +65,7 @@ def read_latent(key: str, members: dict[str, Any], frames: int | None = None, ch
             length = 1 + (frames - 1) // facts["temporal_compression"]
             mean, logvar = mean[:, :length], logvar[:, :length]
         fps, label = float(facts["fps"]), int(facts["label"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise BadSample(key, f"no latent: {error}") from None
     pooled = tensors.get("pooled" + suffix, text.new_zeros(0))
     return Latent(mean, logvar, text, pooled, fps, label)
@@ -97,7 +97,7 @@ def read_about(key: str, members: dict[str, bytes]) -> About:
         if "json" in members:
             given = json.loads(members["json"]).get("captions")
             captions = [(str(text), float(weight)) for text, weight in given] if given else captions
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise BadSample(key, "its captions cannot be read") from None
     weights = [weight for _, weight in captions]
     if not all(text.strip() for text, _ in captions) or not all(0 < weight < math.inf for weight in weights):
@@ -206,13 +206,21 @@ def _bucket_config(found: dict[str, Any]) -> BucketConfig:
 
 def check_source(latents: Storage) -> None:
     """Raises DataError where latents are not those of their source any more, naming the shard. A source that is not at hand
-    cannot be asked."""
+    cannot be asked, nor one behind a chain of fsspec's (`reference::...`): that names files of which the address says nothing."""
     try:
         report = json.loads(latents.read(REPORT))
-        source = ShardSet.open(report["input"])
+        address, fingerprint = str(report["input"]), report["source"]
+    except OSError:
+        return
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{latents.address}/{REPORT}: damaged; run `megasora encode` again") from None
+    if "::" in address:
+        return
+    try:
+        source = ShardSet.open(address)
     except (OSError, DataError):
         return
-    if source.fingerprint == report["source"]:
+    if source.fingerprint == fingerprint:
         return
     for tar, digest in source.digests.items():
         try:

@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from io import BytesIO
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import xxhash
 
 from data_pipelines.errors import DataError
+from data_pipelines.names import is_safe
 from data_pipelines.shards.storage import Storage
 from data_pipelines.video.files import probe
 from data_pipelines.video.reader import Undecodable
@@ -27,6 +29,9 @@ from data_pipelines.video.reader import Undecodable
 MEDIA = frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "jpg", "jpeg", "png", "webp"})
 LATENTS = "safetensors"
 MEMBER_MAX = 1 << 31  # bytes
+TEXT_MAX = 1 << 24  # bytes of a member that is parsed in one piece
+TEXTS = frozenset({"txt", "json", "cls"})
+HEADERS_MAX = 1 << 15  # bytes of all headers of one member: what stands before it may be a long name, or attributes
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's rule: the key ends at the first dot of the last part
 KEY = re.compile(r"[\w@-]+(/[\w@-]+)*", re.ASCII)  # of our own samples
 SCHEMA = pa.schema(
@@ -93,9 +98,11 @@ def members(file: BinaryIO, size: int, *, end_mark: bool) -> Iterator[Member]:
     end_mark: the zero blocks that end a tar must be there (a piece of a tar has none).
     """
     position = -1
+    headers: Any = _Headers(file)
     try:
-        tar: Any = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it holds nothing but `file`
+        tar: Any = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - it holds nothing but `file`
         while (info := tar.next()) is not None:
+            headers.left = HEADERS_MAX
             tar.members = []  # else it keeps every header
             end = info.offset_data + -(-info.size // 512) * 512
             if info.offset <= position or end < info.offset_data:
@@ -118,6 +125,20 @@ def members(file: BinaryIO, size: int, *, end_mark: bool) -> Iterator[Member]:
         raise TornTar("damaged tar header")
 
 
+class _Headers:
+    """A tar as tarfile reads it: headers and what belongs to them, whose sizes it believes, at most HEADERS_MAX a member."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._file, self.left = file, HEADERS_MAX
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise TornTar("tar header too large")
+        return self._file.read(size)
+
+
 def plain_members(content: memoryview) -> list[Member] | None:
     """The members of a piece of a tar that has plain headers as `ShardFile` writes them; None: ask `members`."""
     found, position = [], 0
@@ -135,23 +156,28 @@ def plain_members(content: memoryview) -> list[Member] | None:
             return None
         data = position + 512
         end = data + -(-size // 512) * 512
-        if end > len(content) or not match[2].isalnum():
+        suffix = match[2].lower()
+        if end > len(content) or not suffix.isalnum() or size > _most(suffix):
             return None
-        found.append(Member(match[1], match[2].lower(), position, data, size, end, None))
+        found.append(Member(match[1], suffix, position, data, size, end, None))
         position = end
     return found
 
 
 def _refusal(info: tarfile.TarInfo, suffix: str) -> str | None:
-    if info.name.startswith("/") or ".." in info.name.split("/"):
+    if not is_safe(str(PurePosixPath(info.name))):  # "./a.mp4" is usual
         return "unsafe path"
     if not info.isreg() or info.issparse():
         return "link, device or sparse member"
-    if not suffix or not info.name.isprintable():  # what is not UTF-8 comes as surrogates, which are not printable
+    if not suffix:
         return "no key and suffix in the name"
-    if info.size > MEMBER_MAX:
+    if info.size > _most(suffix):
         return "member too large"
     return None
+
+
+def _most(suffix: str) -> int:
+    return TEXT_MAX if suffix in TEXTS else MEMBER_MAX
 
 
 def scan_tar(file: BinaryIO) -> tuple[list[Row], list[Problem]]:
@@ -240,8 +266,16 @@ def _scores(found: object) -> dict[str, float]:
     """{name: finite number} and nothing else."""
     if not isinstance(found, dict):
         return {}
-    numbers = {k: v for k, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
-    return {name: float(value) for name, value in sorted(numbers.items())}
+    numbers = {name: _number(value) for name, value in sorted(found.items()) if name.isprintable()}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _number(value: object) -> float:
+    """NaN for what is none."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # JSON has integers of any length
+        return math.nan
 
 
 def read_metadata(content: bytes) -> dict[str, Any] | None:
@@ -343,10 +377,13 @@ def read_index(storage: Storage, tar: str) -> pa.Table:
     try:
         with storage.mapped(index_name(tar)) as file:  # the mapping outlives the file
             table = pa.ipc.open_file(file).read_all()
+        table.validate()  # lengths against each other, without a look at the rows
     except FileNotFoundError:
         raise DataError(f"{path}: missing; `megasora index` writes the index of a tar") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged index; write it again with `megasora index`") from error
-    if not table.schema.equals(SCHEMA) or DIGEST not in (table.schema.metadata or {}):
+    if not table.schema.equals(SCHEMA) or not (table.schema.metadata or {}).get(DIGEST, b"").isalnum():
         raise DataError(f"{path}: an index with other columns; write it again with `megasora index`")
+    if any(column.null_count for column in table.columns):
+        raise DataError(f"{path}: an index with empty cells; write it again with `megasora index`")
     return table

@@ -21,6 +21,7 @@ import pyarrow as pa
 import xxhash
 
 from data_pipelines.errors import DataError
+from data_pipelines.names import is_safe
 
 T = TypeVar("T")
 
@@ -177,7 +178,7 @@ class Remote:
         names = []
         for info in found:
             name = str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
-            if info.get("type") == "directory" or not name or name.startswith("."):
+            if info.get("type") == "directory" or name.startswith(".") or not is_safe(name):
                 continue
             names.append(name)
             if info.get("size") is not None:

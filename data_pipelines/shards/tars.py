@@ -167,6 +167,7 @@ class ShardSet:
     def __init__(self, storage: Storage, tars: list[str], tables: list[pa.Table], cache: CacheConfig | None) -> None:
         self.storage, self.tars = storage, tuple(tars)
         self._tables, self._cache = tables, cache
+        self._looked_at: set[int] = set()
         self._starts = [0, *accumulate(table.num_rows for table in tables)]
         self._ranges = [tuple(table.column(name).to_numpy() for name in ("offset", "length")) for table in tables]
 
@@ -224,20 +225,21 @@ class ShardSet:
 
     def columns(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
         """Numeric columns, or scores by `scores.NAME` (NaN where there is none), of one shard after the other."""
-        for table in self._tables:
-            yield tuple(_column(table, name) for name in names)
+        texts = any(name.startswith("scores.") for name in names)
+        for shard, table in enumerate(self._tables):
+            yield tuple(_column(self._sound(shard) if texts else table, name) for name in names)
 
     def key(self, index: int) -> str:
         shard, place = self._place(index)
-        return self._tables[shard].column("key")[place].as_py()
+        return self._sound(shard).column("key")[place].as_py()
 
     def value(self, index: int, column: str) -> Any:
         shard, place = self._place(index)
-        return self._tables[shard].column(column)[place].as_py()
+        return self._sound(shard).column(column)[place].as_py()
 
     def row(self, index: int) -> Row:
         shard, place = self._place(index)
-        return row_of(self._tables[shard], place)
+        return row_of(self._sound(shard), place)
 
     def shard_of(self, index: int) -> str:
         """The tar that a sample lies in."""
@@ -253,6 +255,8 @@ class ShardSet:
         shard, place = self._place(index)
         key, tar = self.key(index), self.tars[shard]
         offset, length = (int(column[place]) for column in self._ranges[shard])
+        if offset < 0 or length <= 0:
+            raise BadSample(key, f"{index_name(tar)} is damaged")
         try:
             content = self.storage.view(tar, offset, length)
         except OSError as error:
@@ -275,6 +279,18 @@ class ShardSet:
             raise BadSample(key, f"{tar} is not as it was indexed (another length)")
         _verify(key, payload)
         return payload
+
+    def _sound(self, shard: int) -> pa.Table:
+        """The index of a shard, looked at as a whole before the first text of it is read: a text that says that it lies elsewhere
+        would end the process. Numbers lie where they lie. Raises `DataError`."""
+        if shard not in self._looked_at:
+            try:
+                self._tables[shard].validate(full=True)
+            except pa.ArrowInvalid:
+                path = f"{self.address}/{index_name(self.tars[shard])}"
+                raise DataError(f"{path}: damaged index; write it again with `megasora index`") from None
+            self._looked_at.add(shard)
+        return self._tables[shard]
 
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

@@ -15,11 +15,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megasora.checkpoint.deepspeed_files import Opened, facts_in, is_universal, is_zero, open_universal, open_zero
 from megasora.checkpoint.load import read_facts
 from megasora.checkpoint.manifest import MANIFEST, Place, damage, read_manifest, verify
 from megasora.checkpoint.metadata import METADATA, CheckedReader, SavedTensor, read_metadata, saved_tensors
+from megasora.checkpoint.ranks import failure_of_dcp
 from megasora.engines.fragments import Pieces
 from megasora.engines.muon import sharded_like
 from megasora.errors import CheckpointError
@@ -78,9 +80,12 @@ def _open_sharded(path: Place) -> Opened:
     def read(name: str) -> Tensor:
         target = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load({name: target}, storage_reader=CheckedReader(path, metadata), planner=planner, no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load({name: target}, storage_reader=CheckedReader(path, metadata), planner=planner, no_dist=True)
+        except CheckpointException as failure:  # a BaseException
+            raise CheckpointError(f"{path}: {name} cannot be read: {failure_of_dcp(failure)}") from failure
         return target
 
     return tensors, read
@@ -93,7 +98,12 @@ def _open_safetensors(path: Any) -> Opened:
     for part, file in opened.items():
         for name in file.keys():  # noqa: SIM118 - no dictionary
             view = file.get_slice(name)
-            tensors[f"{part}/{name}"] = SavedTensor(tuple(view.get_shape()), _dtype_of(view.get_dtype()))
+            dtype = next((dtype for dtype, known in TYPES.items() if known == view.get_dtype()), None)
+            if dtype is None:
+                raise CheckpointError(
+                    f"{path / part}.safetensors: {name} is of {view.get_dtype()}, which has no place here"
+                )
+            tensors[f"{part}/{name}"] = SavedTensor(tuple(view.get_shape()), dtype)
 
     def read(name: str) -> Tensor:
         part, _, rest = name.partition("/")
@@ -124,7 +134,3 @@ def fill(tensors: Mapping[str, Tensor], source: Contents) -> None:
             tensor.receive(whole)
         else:
             tensor.copy_(sharded_like(tensor, whole.to(tensor.device)))
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    return next(dtype for dtype, known in TYPES.items() if known == name)

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 from upath import UPath
 
+from data_pipelines.names import is_safe
 from megasora.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -206,16 +207,10 @@ def _parse(raw: bytes) -> Manifest:
         manifest = Manifest(int(document["step"]), int(document["time"]), files)
     except (ValueError, TypeError, AttributeError, KeyError):
         raise ValueError("not a manifest: it lacks step, time or files") from None
-    outside = [name for name in files if not _is_below(name)]
+    outside = [name for name in files if not is_safe(name)]
     if outside:
-        raise ValueError(f"names {outside[0]}, which is not a file of this directory")
+        raise ValueError(f"names {outside[0]!a}, which is not a file of this directory")
     return manifest
-
-
-def _is_below(name: str) -> bool:
-    """Whether it names a file of a directory or of one below it."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and str(path) == name and not path.is_absolute() and ".." not in path.parts
 
 
 def _misnamed(directory: Place, manifest: Manifest) -> list[Problem]:

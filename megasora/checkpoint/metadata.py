@@ -6,7 +6,7 @@ types that describe tensors can be built from it. Entries other than tensors are
 
 import io
 import math
-import pickle
+import pickle  # nosec B403 # what is read passes `_AllowList`
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -118,10 +118,14 @@ def read_metadata(path: Place) -> Metadata:
     files = read_manifest(path).files
     try:
         metadata = _AllowList(io.BytesIO(raw)).load()
-        saved_tensors(metadata)
+        claimed = sum(found.bytes for found in saved_tensors(metadata).values())
         for index, place in metadata.storage_data.items():
             if place.relative_path not in files or place.transform_descriptors:
                 raise pickle.UnpicklingError(f"{index.fqn} lies in {place.relative_path}, which is not in the manifest")
+            if not 0 <= place.offset <= place.offset + place.length <= files[place.relative_path].size:
+                raise pickle.UnpicklingError(f"{index.fqn} lies outside of {place.relative_path}")
+        if claimed > sum(found.size for found in files.values()):
+            raise pickle.UnpicklingError(f"its tensors have {claimed} bytes, more than its files")
     except Exception as error:  # a hostile pickle can raise anything
         raise CheckpointError(f"{path / METADATA}: refused: {error}") from error
     return metadata
@@ -133,6 +137,8 @@ def saved_tensors(metadata: Metadata) -> dict[str, SavedTensor]:
     for name, entry in sorted(metadata.state_dict_metadata.items()):
         if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
             raise pickle.UnpicklingError(f"{name} is not a tensor")
+        if min(entry.size, default=0) < 0:
+            raise pickle.UnpicklingError(f"{name} has a negative size")
         found[name] = SavedTensor(tuple(torch.Size(entry.size)), entry.properties.dtype)
     return found
 

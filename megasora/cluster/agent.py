@@ -117,7 +117,8 @@ class Agent(LocalElasticAgent):
         self.stalled = False  # here or on another node
         self.beats: list[Beat] = []
         self.board = _Board(worker_group.store, worker_group.group_rank or 0, self.nnodes)
-        shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        # A directory of a random name there, for this user alone.
+        shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nosec B108
         self.heartbeats = tempfile.TemporaryDirectory(prefix="megasora-", dir=shm)
         os.environ[DIRECTORY] = self.output.errors = self.heartbeats.name
         pids = super()._start_workers(worker_group)

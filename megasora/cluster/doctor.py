@@ -1,6 +1,7 @@
 """Is a node fit for a job? What can be found out in seconds, each finding beside the limit that it is held to."""
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -41,7 +42,7 @@ class Limits:
     skew_s: float = 2.0
     link_gbs: float = 0.0  # GB/s, each way at once
     link_share: float = 0.2  # of the median of all links
-    site: str = ""  # a command of the site: exit code 0 means fit
+    site: str = ""  # a command of the site, run without a shell: exit code 0 means fit
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,12 @@ def own_name() -> Finding:
 
 
 def site_check(command: str) -> Finding:
+    """What runs is the first word, with the others as its arguments: who wants a shell says so, `bash -c '...'`."""
     try:
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         return Finding("site", "no end within 120 s", "exit code 0", False)
+    except (OSError, ValueError) as error:  # no such program, a quote that does not end
+        return Finding("site", " ".join(str(error).split())[:200], "exit code 0", False)
     words = " ".join((done.stdout + done.stderr).split())[:200]
     return Finding("site", f"exit code {done.returncode} {words}".strip(), "exit code 0", done.returncode == 0)

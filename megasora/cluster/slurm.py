@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -153,10 +154,10 @@ def launch_file(name: str) -> str:
 
 def submit(script: Path) -> str:
     """The job's id. Raises ConfigError with what sbatch says."""
-    try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise ConfigError("launch slurm: no sbatch on this machine; --dry-run shows the script") from None
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise ConfigError("launch slurm: no sbatch on this machine; --dry-run shows the script")
+    done = subprocess.run([sbatch, "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ConfigError(f"launch slurm: sbatch refused {script}: {' '.join(done.stderr.split())}")
     return done.stdout.strip().partition(";")[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +30,12 @@ def clip_score(directory: str, videos: Sequence[np.ndarray], captions: Sequence[
     except ImportError:
         raise ConfigError(f"eval.clip: {directory} needs transformers: pip install 'megasora[encoders]'") from None
     try:
-        model = CLIPModel.from_pretrained(directory, local_files_only=True).eval()
-        tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+        # Nothing is downloaded, and weights in pickles are refused.
+        model: Any = CLIPModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)  # nosec B615
+        tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True)  # nosec B615
     except (OSError, ValueError) as error:
         raise ConfigError(f"eval.clip={directory}: {' '.join(str(error).split())}") from None
+    model.eval()
     side, longest = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
     scores = []
     for video, caption in zip(videos, captions, strict=True):

@@ -1,7 +1,7 @@
 """Shows what the stages' buckets make of the raw shards of encode.input: the samples of each bucket, their tokens and FLOPs,
 the share of the pixels that is cut away, buckets that are empty and samples that fit none. Reads indexes only.
 
-example:
+examples:
   megasora buckets --config configs/demo.yaml --stages.1.buckets.resolutions=[112,256]
 """
 

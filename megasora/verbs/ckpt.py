@@ -1,12 +1,12 @@
 """Looks at checkpoints, and makes others of them.
 
-megasora ckpt ls runs/demo                                  step, size, layout, age, whether complete
-megasora ckpt verify runs/demo                              every file against its checksum
-megasora ckpt convert STEP_DIR OUT                          sharded -> safetensors in one piece, and back: OUT/step-XXXXXXXX
-megasora ckpt convert STEP_DIR OUT --to universal           as DeepSpeed loads it; its own forms are read as well
-megasora ckpt export STEP_DIR OUT                           -> a directory that diffusers opens
-megasora ckpt diff STEP_DIR STEP_DIR                        exit code 1 if they differ
-megasora ckpt average STEP_DIR STEP_DIR ... --output OUT    -> OUT/step-XXXXXXXX, to sample and to start from
+examples:
+  megasora ckpt ls runs/demo                        # step, size, layout, age, whether complete
+  megasora ckpt verify runs/demo                    # every file against its checksum
+  megasora ckpt convert runs/demo/checkpoints/step-00000500 whole
+  megasora ckpt export runs/demo/checkpoints/step-00000500 exported
+  megasora ckpt diff runs/a/checkpoints/step-00000500 runs/b/checkpoints/step-00000500
+  megasora ckpt average runs/demo/checkpoints/step-00000400 runs/demo/checkpoints/step-00000500 --output mean
 """
 
 import argparse
@@ -21,32 +21,77 @@ from tqdm import tqdm
 
 from megasora.checkpoint.directory import CheckpointInfo, describe, list_checkpoints
 from megasora.checkpoint.manifest import MANIFEST, Place, Problem, damage, place_of, verify
+from megasora.cli import taught
 from megasora.errors import CheckFailed, CheckpointError, ConfigError
+
+LS = """Lists the checkpoints of a run: step, size, layout, age, and whether each is complete.
+
+examples:
+  megasora ckpt ls runs/demo
+  megasora ckpt ls s3://bucket/run --verify --json
+"""
+VERIFY = """Compares every file with its checksum in the manifest. Exits 4 and names what is damaged.
+
+examples:
+  megasora ckpt verify runs/demo
+  megasora ckpt verify runs/demo/checkpoints/step-00000500 --json
+"""
+CONVERT = """Makes a checkpoint of another form: one that is sharded becomes safetensors in one piece, any other becomes sharded
+as OUTPUT/step-XXXXXXXX, with --to universal as DeepSpeed loads it. DeepSpeed's own forms are read as well.
+
+examples:
+  megasora ckpt convert runs/demo/checkpoints/step-00000500 whole
+  megasora ckpt convert whole runs/again/checkpoints
+  megasora ckpt convert runs/demo/checkpoints/step-00000500 for-deepspeed --to universal
+"""
+EXPORT = """Writes a directory that diffusers opens, and compares its output with ours where diffusers is installed. Exits 1
+where they differ.
+
+examples:
+  megasora ckpt export runs/demo/checkpoints/step-00000500 exported
+  megasora ckpt export runs/demo/checkpoints/step-00000500 exported --weights model --json
+"""
+DIFF = """Compares two checkpoints tensor by tensor. Exits 1 where they differ.
+
+examples:
+  megasora ckpt diff runs/a/checkpoints/step-00000500 runs/b/checkpoints/step-00000500
+  megasora ckpt diff runs/a/checkpoints/step-00000500 whole --tolerance 1e-6
+"""
+AVERAGE = """The mean of several checkpoints' weights, as OUTPUT/step-XXXXXXXX, to sample and to start from.
+
+examples:
+  megasora ckpt average runs/demo/checkpoints/step-00000400 runs/demo/checkpoints/step-00000500 --output mean
+  megasora ckpt average runs/a/checkpoints/step-00000500 runs/b/checkpoints/step-00000500 --weights 1,3 --output mean
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sub-commands of `ckpt`."""
     actions = parser.add_subparsers(dest="action", required=True)
-    listing = actions.add_parser("ls", help="list the checkpoints of a run")
+    listing = actions.add_parser("ls", help="list the checkpoints of a run", **taught(LS))
     listing.add_argument("--verify", action="store_true", help="read every file and compare checksums")
-    checking = actions.add_parser("verify", help="read every file and compare checksums; exit code 4 if one is damaged")
+    checking = actions.add_parser(
+        "verify", help="read every file and compare checksums; exit code 4 if one is damaged", **taught(VERIFY)
+    )
     for action in (listing, checking):
         action.add_argument("path", type=place_of, help="a run, its checkpoints directory, or one checkpoint")
     converting = actions.add_parser(
-        "convert", help="sharded -> consolidated safetensors, back, and from and to DeepSpeed's"
+        "convert", help="sharded -> consolidated safetensors, back, and from and to DeepSpeed's", **taught(CONVERT)
     )
     converting.add_argument(
         "--to", choices=("sharded", "safetensors", "universal"), help="default: safetensors of sharded, else sharded"
     )
-    exporting = actions.add_parser("export", help="to a directory of diffusers, with a parity report")
+    exporting = actions.add_parser("export", help="to a directory of diffusers, with a parity report", **taught(EXPORT))
     exporting.add_argument("--weights", choices=("ema", "model"), default="ema")
     for action in (converting, exporting):
         action.add_argument("path", type=place_of, help="one checkpoint")
         action.add_argument("output", type=Path, help="a directory that is not there yet")
-    comparing = actions.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 1 if they differ")
+    comparing = actions.add_parser(
+        "diff", help="compare two checkpoints tensor by tensor; exit code 1 if they differ", **taught(DIFF)
+    )
     comparing.add_argument("paths", type=place_of, nargs=2)
     comparing.add_argument("--tolerance", type=float, default=0.0, help="of the norm of a difference, relative")
-    averaging = actions.add_parser("average", help="the mean of several checkpoints' weights")
+    averaging = actions.add_parser("average", help="the mean of several checkpoints' weights", **taught(AVERAGE))
     averaging.add_argument("paths", type=place_of, nargs="+")
     averaging.add_argument("--output", type=Path, required=True)
     averaging.add_argument("--weights", default="", help="comma-separated, one a checkpoint; default: all alike")

@@ -4,7 +4,7 @@ size that the stages' buckets want. A killed run goes on; latents remember the e
 Any number of processes on any number of machines share the shards, as long as they see the same output directory: start them
 with `megasora launch`, as a SLURM array, or by hand, at any time. The same bytes come out.
 
-example:
+examples:
   megasora encode --config configs/demo.yaml --encode.input=data/shards --encode.output=data/latents
 """
 

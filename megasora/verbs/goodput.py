@@ -1,7 +1,7 @@
 """Where the wall time of a run went: productive steps, data, checkpoints, start-up, lost work, restarts; an attempt a line and
 over the whole history. Draws it as RUN/goodput.svg.
 
-example:
+examples:
   megasora goodput runs/demo
 """
 

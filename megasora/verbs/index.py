@@ -2,7 +2,7 @@
 
 Samples that cannot be used (no caption, damaged, hostile names) are left out and counted.
 
-example:
+examples:
   megasora index data/my-webdataset
   megasora index s3://bucket/webdataset
 """

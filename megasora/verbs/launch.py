@@ -1,18 +1,9 @@
-"""Runs a verb on several processes, here or under SLURM, and keeps its exit code.
-
-`launch local --nproc N VERB ...`: on N processes of this machine, or of several, if each runs it. Everything after the verb is
-passed on as it is. SIGUSR1, SIGTERM and Ctrl-C let the workers finish the step, save, and end with 75 (a second SIGTERM
-or Ctrl-C kills them).
-
-`launch slurm VERB ... --nodes N`: writes a batch script from launch/slurm.sbatch, keeps it with the resolved config and the
-code's revision in RUN/launch/NNNN, and submits it. At preemption and before the time limit the job saves and goes back into
-the queue. A job that finds too few fit nodes waits, or with --min-nodes goes on with fewer and the same global batch.
+"""Runs a verb on several processes, here or under SLURM, and keeps its exit code. `launch local --help` and `launch slurm --help`
+say the rest.
 
 examples:
   megasora launch local --nproc 2 train --config configs/demo.yaml --run.steps=20
   megasora launch slurm train --config configs/demo.yaml --nodes 16 --gpus-per-node 8 --time 12:00:00 --doctor --dry-run
-  megasora launch slurm encode --config configs/demo.yaml --array 32 --gpus-per-node 8
-  megasora launch slurm train --config configs/demo.yaml --nodes 2 --sweep 'optim.lr=1e-3;2e-3' --after 1234
 """
 
 import argparse
@@ -20,16 +11,33 @@ import signal
 import sys
 from pathlib import Path
 
+from megasora.cli import taught
 from megasora.cluster.signals import collected_signals
 from megasora.cluster.slurm import SLURM_VERBS, check_numbers
 from megasora.errors import ConfigError
 
+LOCAL = """Runs a verb on N processes of this machine, or of several, if each runs it. Everything after the verb is passed on as
+it is. SIGUSR1, SIGTERM and Ctrl-C let the workers finish the step, save, and end with 75 (a second SIGTERM or Ctrl-C kills them).
+
+examples:
+  megasora launch local --nproc 2 train --config configs/demo.yaml --run.steps=20
+  megasora launch local --nproc 8 --nnodes 2 --rdzv-endpoint node1:29500 train --config configs/wan-1.3b.yaml
+"""
+SLURM = """Writes a batch script from launch/slurm.sbatch, keeps it with the resolved config and the code's revision in
+RUN/launch/NNNN, and submits it. At preemption and before the time limit the job saves and goes back into the queue. A job that
+finds too few fit nodes waits, or with --min-nodes goes on with fewer and the same global batch.
+
+examples:
+  megasora launch slurm train --config configs/demo.yaml --nodes 16 --gpus-per-node 8 --time 12:00:00 --doctor --dry-run
+  megasora launch slurm encode --config configs/demo.yaml --array 32 --gpus-per-node 8
+  megasora launch slurm train --config configs/demo.yaml --nodes 2 --sweep 'optim.lr=1e-3;2e-3' --after 1234
+"""
 STALL = 480  # seconds; less than the ten minutes after which a collective fails by itself and names nobody
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_subparsers(dest="where", metavar="local|slurm", required=True)
-    local = where.add_parser("local", help="processes of this machine", allow_abbrev=False)
+    local = where.add_parser("local", help="processes of this machine", allow_abbrev=False, **taught(LOCAL))
     local.add_argument("--nproc", type=int, required=True, metavar="N", help="processes on this machine: one per GPU")
     local.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines, each running this command")
     local.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of one machine, the same on all; with --nnodes")
@@ -41,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_stall(local)
     local.add_argument("command", nargs=argparse.REMAINDER, metavar="VERB ...", help="the verb and its arguments")
 
-    slurm = where.add_parser("slurm", help="a job of a SLURM cluster", allow_abbrev=False)
+    slurm = where.add_parser("slurm", help="a job of a SLURM cluster", allow_abbrev=False, **taught(SLURM))
     slurm.add_argument("verb", metavar="VERB", help=f"{', '.join(SLURM_VERBS)}; its arguments may follow anywhere")
     slurm.add_argument("--nodes", type=int, default=1, metavar="N")
     slurm.add_argument("--min-nodes", type=int, default=0, metavar="N", help="go on with so few; default: wait for all")

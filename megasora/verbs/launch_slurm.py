@@ -169,14 +169,16 @@ def keep(snapshot: Path, script: str, args: argparse.Namespace, configs: list[Co
 
 def code_revision() -> tuple[str, str]:
     """The version, with the commit and what differs from it if the code lies in a git repository of its own."""
-    root = Path(megasora.__file__).parents[1]
+    root, tool = Path(megasora.__file__).parents[1], shutil.which("git")
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        if tool is None:
+            return ""
+        done = subprocess.run([tool, "-C", str(root), *words], capture_output=True, text=True, check=False)
         return done.stdout if done.returncode == 0 else ""
 
     version = f"megasora {megasora.__version__}"
-    if shutil.which("git") is None or Path(git("rev-parse", "--show-toplevel").strip() or "/") != root:
+    if Path(git("rev-parse", "--show-toplevel").strip() or "/") != root:
         return version, ""
     changes = git("diff", "HEAD")
     return f"{version} {git('rev-parse', 'HEAD').strip()}{' with changes' if changes else ''}", changes

@@ -3,7 +3,7 @@ parameter, their norm, and the parameters after three steps of SGD. It starts th
 
 The error of a gradient is |g - ref| / max(|ref|, a thousandth of the mean gradient). Exits 1 above the tolerance.
 
-example:
+examples:
   megasora parity --config configs/demo.yaml --layout dp2,tp2 --layout cp4
   megasora parity --config configs/demo.yaml --layout dp2,zero3 --engine deepspeed
 """

@@ -1,7 +1,8 @@
 """Cuts raw videos into clips, takes images and captions along, and writes webdataset shards with an index.
 
 prepare.input is a directory tree or a file with captions beside them (NAME.txt, captions.jsonl), a webdataset, or a list of
-files (.parquet, .csv or .jsonl with path, caption or captions and weights, perhaps label, start and end in seconds).
+files (.parquet, .csv or .jsonl with path, caption or captions and weights, perhaps label, start and end in seconds), all of them
+below prepare.root.
 Each clip is measured: side, aspect, fps, seconds, black, static, motion, sharpness; prepare.keep limits any of them.
 What is not used is counted in report.json and report.png. A killed run goes on when it is started again. As a SLURM array,
 under torchrun or with prepare.part=0/8 the machines share the work, and the last to finish writes the output.

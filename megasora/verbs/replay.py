@@ -3,7 +3,9 @@
 A table here, JSON and a page with thumbnails in RUN/replay/step-XXXXXXXX. What stands out is marked: it is what to look at
 behind a spike or a step that was skipped.
 
+examples:
   megasora replay runs/demo --step 120
+  megasora launch local --nproc 2 replay runs/demo --step 120 --layout tp2 --json
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Makes videos from prompts with a checkpoint of run.dir: an mp4 each and a PNG contact sheet. On several processes, started by
 `launch`, parallel.layout says how they share the prompts (dp) and the work on each (cp, tp, pp).
 
-example:
+examples:
   megasora sample --config configs/demo.yaml '--sample.prompts=["a rabbit in a meadow"]' --sample.steps=50
 """
 

@@ -3,7 +3,7 @@ Writes it to encode.vae.
 
 --vae.preset=4x8x8, 4x16x16 or 8x32x32 sets the compression.
 
-example:
+examples:
   megasora train-vae --config configs/demo.yaml --train_vae.steps=1000 --encode.vae=data/vae
 """
 

@@ -81,6 +81,27 @@ def test_bad_overrides(override: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "key", ["data.path", "encode.input", "checkpoint.durable", "run.init_from", "data.pth", "sample.prompts.0", "run"]
+)
+@pytest.mark.parametrize(
+    "address", ["s3://AKIA1:sec/ret@bucket/x", "https://user:secret@host:80/x", "http://a:1secret@h"]
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(key: str, address: str) -> None:
+    value = f"[{address!r}]" if key.endswith(".0") else address
+    with pytest.raises(ConfigError, match=f"^{key}: the address has a password") as error:
+        load_config(DEMO, [f"--{key.removesuffix('.0')}={value}"])
+    assert "secret" not in str(error.value)
+    assert "sec/ret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://bucket/a:b@c", "http://host:8080/a@b", "ftp://user@host/x", "http://host:80"]
+)
+def test_an_address_without_one_is_none(address: str) -> None:
+    assert load_config(DEMO, [f"--data.path={address}"]).data.path == address
+
+
 def test_types_come_from_the_field() -> None:
     config = load_config(DEMO, ["--run.dir=123", "--run.steps=7", "--run.allow_change=[stages]", "--stages.1.lr=null",
                                 '--sample.prompts=["a, b", c]', "--observe.tensorboard=false", "--run.resume=none"])  # fmt: skip

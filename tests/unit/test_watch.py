@@ -15,7 +15,7 @@ import pytest
 
 from megasora.checkpoint.fence import is_requeued
 from megasora.cli import main
-from megasora.cluster.doctor import Finding, Limits, examine, gpu_findings
+from megasora.cluster.doctor import Finding, Limits, examine, gpu_findings, site_check
 from megasora.cluster.goodput import PARTS, goodput
 from megasora.cluster.heartbeat import Beat, Heartbeat, read_beats, verdict
 from megasora.cluster.links import Link, judge_links, rounds
@@ -214,11 +214,21 @@ def test_gpus_by_the_drivers_own_tool(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_asked_for_is_held_against_the_node(tmp_path: Path) -> None:
-    limits = Limits(gpus=9, cpus=1, free_gb=1e9, disk_mbs=0.001, site="echo no such mount; exit 3")
+    limits = Limits(gpus=9, cpus=1, free_gb=1e9, disk_mbs=0.001, site="sh -c 'echo no such mount; exit 3'")
     found = {finding.check: finding for finding in examine(limits, tmp_path)}
     bad = {name for name, finding in found.items() if finding.ok is False}
     assert bad == {"gpus", "run_free_gb", "tmp_free_gb", "site"}
     assert found["site"].found == "exit code 3 no such mount"
+    (tmp_path / "my check.sh").write_text('#!/bin/sh\necho "$1 ok"')
+    (tmp_path / "my check.sh").chmod(0o755)
+    for command, said, ok in (
+        (f"'{tmp_path}/my check.sh' '$HOME;'", "exit code 0 $HOME; ok", True),  # no shell reads it
+        ("/no/such/check.sh", "No such file or directory: '/no/such/check.sh'", False),
+        ("check 'it", "No closing quotation", False),
+    ):
+        finding = site_check(command)
+        assert said in finding.found
+        assert finding.ok is ok
     gone = {finding.check: finding.ok for finding in examine(Limits(), tmp_path / "gone")}
     assert gone["run_disk"] is False
 
