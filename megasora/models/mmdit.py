@@ -6,7 +6,7 @@ Open-Sora 2.0 and HunyuanVideo, whose weights it can hold. A row of packed sampl
 Further shape: J = M + L tokens of the joint sequence (see `Joint`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -80,18 +80,7 @@ OPEN_SORA_2 = MMDiTConfig(
     pooled_width=768,
     axes=(16, 56, 56),
 )
-HUNYUAN_VIDEO = MMDiTConfig(
-    width=3072,
-    depth=20,
-    single_depth=40,
-    heads=24,
-    ffn=12288,
-    text_width=4096,
-    pooled_width=768,
-    axes=(16, 56, 56),
-    theta=256.0,
-    text="refiner",
-)
+HUNYUAN_VIDEO = replace(OPEN_SORA_2, depth=20, single_depth=40, theta=256.0, text="refiner")
 PRESETS: dict[str, MMDiTConfig] = {
     "MegaSora-MMDiT-demo": MMDiTConfig(width=192, depth=4, single_depth=4, ffn=768, axes=(8, 20, 20)),
     "Open-Sora-2.0": OPEN_SORA_2,

@@ -13,6 +13,7 @@ from torch import Tensor
 from megasora.models.interop import stdit as interop
 from megasora.models.packing import Item, Shape, pack
 from megasora.models.stdit import PRESETS, STDiT, STDiTConfig, forward_macs, space_order, time_order
+from tests.gradients import assert_same_gradients
 
 SMALL = STDiTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, learn_sigma=True, text_width=24, base_size=4)
 LATTE = replace(SMALL, qk_norm=False, time_position="sincos", time_text=False, fps_condition=False, area_scale=False)
@@ -81,14 +82,9 @@ def test_packed_equals_one_by_one_in_outputs_and_every_gradient(config: STDiTCon
         alone = model(pack([item]))
         assert distance(alone, packed[a:b]) <= 1e-5
         (alone * target[a:b]).sum().backward()
-    floor = 1e-3 * torch.stack([g.norm() for g in gradients.values()]).norm() / len(gradients) ** 0.5
-    for name, parameter in model.named_parameters():
-        error = (parameter.grad - gradients[name]).norm() / max(parameter.grad.norm(), floor)
-        if name.endswith("k.bias") and not (config.qk_norm and "self_attention" in name):
-            # A bias of the keys moves every score of a query alike: without QK-norm its gradient is zero but for rounding.
-            assert max(parameter.grad.norm(), gradients[name].norm()) <= 1e-3 * floor, name
-        else:
-            assert error <= 1e-5, f"{name}: {error}"
+    assert_same_gradients(
+        model, gradients, lambda name: name.endswith("k.bias") and not (config.qk_norm and "self_attention" in name)
+    )
 
 
 def test_samples_do_not_see_each_other() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from megasora.models.packing import Item, PackedRow, in_patches, pack, patchify
 from megasora.models.vit import PRESETS, ClassifierConfig, ViT, ViTConfig, ViViTConfig, forward_macs
+from tests.gradients import assert_same_gradients
 
 CONFIGS = {
     "vit": ViTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, classes=7, image_size=8, patch=(1, 2, 2)),
@@ -74,15 +75,7 @@ def test_packed_equals_one_by_one_in_outputs_and_every_gradient(family: str) -> 
         alone = model(pack([make_item(config, i)]))
         assert torch.allclose(alone[0], packed[i], rtol=1e-5, atol=1e-5)
         (alone * target[i]).sum().backward()
-    floor = 1e-3 * torch.stack([g.norm() for g in gradients.values()]).norm() / len(gradients) ** 0.5
-    for name, parameter in model.named_parameters():
-        if name.endswith("k.bias"):
-            # A bias of the keys moves every score of a query alike: its gradient is zero but for rounding.
-            largest = max(parameter.grad.norm(), gradients[name].norm())
-            assert largest <= 1e-6 * gradients[name.replace("bias", "weight")].norm(), f"{name}: {largest}"
-            continue
-        error = (parameter.grad - gradients[name]).norm() / max(parameter.grad.norm(), floor)
-        assert error <= 1e-5, f"{name}: {error}"
+    assert_same_gradients(model, gradients, lambda name: name.endswith("k.bias"))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
