@@ -47,6 +47,7 @@ from data_pipelines.shards.tars import ShardSet, ShardWriter
 from data_pipelines.shards.tensors import tensors_in
 from data_pipelines.video.files import EXACT, decode
 from data_pipelines.video.write import Mp4Writer
+from megasora.observe.hardware import device_name
 
 BUCKET = Bucket(65, 256, 448)
 BUCKETS = BucketConfig(resolutions=(344,), frames=(65,), aspects=("16:9",))
@@ -275,11 +276,8 @@ def show(title: str, rates: dict[str, Any], base: str) -> None:
 def machine() -> dict[str, Any]:
     names = ("av", "litdata", "mosaicml-streaming", "numpy", "torch", "webdataset", "xxhash")
     installed = {found.name for found in importlib.metadata.distributions()}
-    info = Path("/proc/cpuinfo").read_text().splitlines()
     return {
-        "cpu": next(
-            (line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.machine()
-        ),
+        "cpu": device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names if name in installed},

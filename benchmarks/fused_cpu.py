@@ -9,7 +9,6 @@ MegaSora-10M, latent 5x32x32 (1,280 tokens, in two samples), 64 text tokens a sa
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from megasora.models import layers, video_dit
 from megasora.models.attention_operator import as_operator
 from megasora.models.families import PRESETS, build_model
 from megasora.models.packing import Item, pack
+from megasora.observe.hardware import device_name
 from megasora.parallel.compiled import compile_blocks
 
 RATIOS = {
@@ -89,7 +89,7 @@ def main() -> None:
         ratios = ", ".join(f"{name} {result[name]:.3f}" for name in RATIOS)
         print(f"{result['precision']}: {times}; {ratios}")
     if args.output:
-        machine = {"cpu": cpu_name(), "threads": 1, "torch": torch.__version__}
+        machine = {"cpu": device_name(torch.device("cpu")), "threads": 1, "torch": torch.__version__}
         args.output.write_text(json.dumps({"schema": 1, "machine": machine, "results": results}, indent=1) + "\n")
 
 
@@ -148,12 +148,6 @@ def build(name: str, precision: str) -> Callable[[], float]:
         return loss.item()
 
     return step
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ matrix product sampled between the steps. FLOPs: 6 for each multiply-add, less t
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from megasora.models.interop import wan
 from megasora.models.interop.names import import_weights
 from megasora.models.packing import Item, in_patches, pack, patchify
 from megasora.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
-from megasora.observe.hardware import peak_memory, synchronize
+from megasora.observe.hardware import device_name, peak_memory, synchronize
 from megasora.parallel.compiled import compile_blocks
 
 
@@ -78,7 +77,11 @@ def main() -> None:
             )
         )
     if args.output:
-        machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine = {
+            "cpu": device_name(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
         if device.type == "cuda":
             machine |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         args.output.write_text(json.dumps({"schema": 1, "machine": machine, "results": results}, indent=1) + "\n")
@@ -210,13 +213,6 @@ def gemm_peak(case: Case, device: torch.device, dtype: torch.dtype) -> float:
             synchronize(device)
             best = max(best, 2 * m * k * n / (time.perf_counter() - begin))
     return best
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from megasora.models.interop import wan
 from megasora.models.interop.names import import_weights
 from megasora.models.packing import Item, in_patches, pack, patchify
 from megasora.models.text import Text
-from megasora.observe.hardware import peak_memory
+from megasora.observe.hardware import device_name, peak_memory
 from megasora.parallel.mesh import Processes, processes
 from megasora.schema import Config
 
@@ -171,8 +171,7 @@ def main() -> None:
         draw(weights)
         for precision in args.precision:
             facts["results"][precision] = compare(weights, precision, args.steps, args.rounds)
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    facts["machine"] = {"cpu": cpu.partition(":")[2].strip(), "cores": os.cpu_count(), "torch": torch.__version__,
+    facts["machine"] = {"cpu": device_name(torch.device("cpu")), "cores": os.cpu_count(), "torch": torch.__version__,
                         "python": platform.python_version()}  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")

@@ -26,7 +26,7 @@ from megasora.microbatch import MicroBatch, Recipe, build_microbatch, build_rows
 from megasora.models.flops import forward_macs
 from megasora.observe.clock import Clock
 from megasora.observe.energy import energy
-from megasora.observe.hardware import copy_peak, device_peak, gemm_peak, peak_memory
+from megasora.observe.hardware import copy_peak, device_name, device_peak, gemm_peak, peak_memory
 from megasora.observe.logs import log
 from megasora.observe.memory import held, living, state_by_part, storages
 from megasora.observe.noise import is_steady
@@ -320,16 +320,6 @@ def write_costs(config: Config, engine: Engine, loader: Loader, recipe: Recipe) 
         seconds[str(bucket)] = min(times) / count
         engine.discard()
     Path(config.bench.costs).write_text(json.dumps(seconds, indent=1))
-
-
-def device_name(device: torch.device) -> str:
-    """What the machine calls it."""
-    if on_gpu(device):
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "cpu"
 
 
 def fp8_lines(result: dict[str, Any]) -> list[str]:

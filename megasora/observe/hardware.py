@@ -1,5 +1,6 @@
 """What devices can do: one table of their numbers, each with its source; the denominator of MFU, and the memory meter."""
 
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -158,3 +159,13 @@ def peak_memory(device: torch.device) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls it."""
+    if on_gpu(device):
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"

@@ -63,6 +63,9 @@ def accept(config: Path, overrides: Sequence[str], nproc: int, layouts: Sequence
     """Runs every part to its end, whatever the others found."""
     import torch
 
+    from megasora.device import pick_device
+    from megasora.observe.hardware import device_name
+
     common = ["--config", str(config), *overrides]
     bench = ["bench", *common, "--data=synthetic", "--json", f"--parallel.layout={layouts[0]}"]
     parts: dict[str, Any] = {"doctor": outcome(megasora("doctor", "--json"))}
@@ -73,7 +76,7 @@ def accept(config: Path, overrides: Sequence[str], nproc: int, layouts: Sequence
     proven = [word for layout in layouts for word in ("--layout", layout)]
     parts["parity"] = outcome(megasora("parity", *common, *proven, "--json"))
     parts["bench"] = outcome(megasora(*bench, nproc=nproc))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = device_name(pick_device())
     return {
         "schema": SCHEMA, "megasora": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "time": time.strftime("%Y-%m-%d"), "device": device, "processes": nproc, "layouts": list(layouts),
