@@ -157,6 +157,9 @@ def test_our_kernels_for_cpus_take_packed_rows_eager_and_as_operators() -> None:
         (Segments((7, 0, 13), CPU), Segments((20, 4, 0), CPU)),
         (Segments((12, 8), CPU), Windows((0, 4), (10, 20))),
         *[(Order(Segments((5,) * 4, CPU), ((1, 4, 5),)),) * 2],
+        (Segments((10, 10), CPU), Segments((12, 12), CPU)),  # nothing is put together
+        (Segments((20,), CPU), Windows((4,), (10,))),
+        (Segments((20,), CPU), Segments((24,), CPU)),
     ]
     for queries, keys in cases:
         given = [leaf[:20] for leaf in leaves] if isinstance(queries, Order) else leaves
