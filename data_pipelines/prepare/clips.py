@@ -26,6 +26,8 @@ THUMBNAIL = (
 
 @dataclass(frozen=True)
 class Piece:
+    """A clip, or a picture, that was cut out of a source and encoded."""
+
     start: int  # its first frame in the source
     content: bytes  # mp4 or jpg
     about: dict[str, Any]  # kind, frames, fps, height, width

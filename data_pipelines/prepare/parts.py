@@ -47,6 +47,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class Part:
+    """A share of the sources, which one process makes into samples at a time."""
+
     number: int
     sources: list[Source]
 

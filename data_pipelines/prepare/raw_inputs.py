@@ -40,6 +40,8 @@ class Source:
 
 @dataclass
 class Inputs:
+    """What `prepare` was given."""
+
     sources: list[Source]
     shards: ShardSet | None  # of a webdataset
     fingerprint: str  # another one when names, captions or content change

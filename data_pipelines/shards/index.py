@@ -79,6 +79,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Member:
+    """A member of a tar: the sample and suffix that its name says, where it lies, and why it is refused if it is. Bytes."""
+
     key: str
     suffix: str
     start: int  # of its header

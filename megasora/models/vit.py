@@ -53,11 +53,15 @@ class ClassifierConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(ClassifierConfig):
+    """Of an image classifier (Dosovitskiy et al. 2020)."""
+
     family: Literal["vit"] = "vit"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViViTConfig(ClassifierConfig):
+    """Of a video classifier over tubelets (Arnab et al. 2021, model 1: all pairs attend)."""
+
     family: Literal["vivit"] = "vivit"
     patch: Patch = (2, 16, 16)
     frames: int = 32

@@ -23,6 +23,8 @@ STORAGE = 2e9  # bytes a second that a node writes a checkpoint with; assumed
 
 @dataclass(frozen=True)
 class Plan:
+    """What a layout takes on a device: bytes of each stage, and the time of a step and of its parts."""
+
     job: Job
     device: Device
     memories: tuple[Memory, ...]  # by pipeline stage

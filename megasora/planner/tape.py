@@ -82,6 +82,8 @@ class Place:
 
 @dataclass
 class Tape:
+    """A block's forward pass, written down operation by operation."""
+
     place: Place
     kept: dict[Value, str] = field(default_factory=dict)  # what backward needs, by the operation that wants it
     products: list[Value] = field(default_factory=list)  # outputs of matrix products, attention and collectives
