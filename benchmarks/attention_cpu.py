@@ -1,4 +1,4 @@
-"""Our attention in bf16 on a CPU beside torch's, in turn: seconds, the ratio, and the share of the best product of the run.
+"""Our attention on a CPU beside torch's, in turn: seconds, the ratio, and the share of the best product of the run.
 
     python benchmarks/attention_cpu.py --json benchmarks/reports/DATE-attention-cpu.json
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megasora_kernels.flash_cpu import TYPES
 
 from megasora.models.flash import FLASH
 from megasora.observe.hardware import device_name
@@ -30,11 +31,11 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(shape: tuple[int, int, int, int, int], rounds: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     n, L, M, N, K = shape
-    q, grad = (torch.randn(n, L, N, K).bfloat16() for _ in range(2))
-    k, v = (torch.randn(n, M, N, K).bfloat16() for _ in range(2))
-    a, b = torch.randn(PRODUCT[0], PRODUCT[1]).bfloat16(), torch.randn(PRODUCT[2], PRODUCT[1]).bfloat16()
+    q, grad = (torch.randn(n, L, N, K).to(dtype) for _ in range(2))
+    k, v = (torch.randn(n, M, N, K).to(dtype) for _ in range(2))
+    a, b = torch.randn(PRODUCT[0], PRODUCT[1]).to(dtype), torch.randn(PRODUCT[2], PRODUCT[1]).to(dtype)
     known = {name: FLASH[name].forward(q, k, v) for name in ("cpu", "sdpa")}
     work: dict[str, Callable[[], Any]] = {"product": lambda: torch.nn.functional.linear(a, b)}
     for name, outs in known.items():
@@ -45,7 +46,7 @@ def measure(shape: tuple[int, int, int, int, int], rounds: int) -> dict[str, Any
         for name, call in work.items():
             times[name].append(seconds(call))
     peak = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2] / min(times["product"])
-    found: dict[str, Any] = {"shape": shape}
+    found: dict[str, Any] = {"shape": shape, "precision": str(dtype).removeprefix("torch.")}
     for way, flops in (("forward", 4 * n * N * L * M * K), ("backward", 10 * n * N * L * M * K)):
         ours, theirs = (times[f"{name} {way}"][1:] for name in ("cpu", "sdpa"))
         ratio = statistics.median(y / x for x, y in zip(ours, theirs, strict=True))
@@ -64,11 +65,11 @@ def main() -> None:
     args = parser.parse_args()
     facts = {"date": str(date.today()), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
              "cpu": device_name(torch.device("cpu")), "torch": torch.__version__,
-             "shapes": [measure(shape, args.rounds) for shape in SHAPES]}  # fmt: skip
+             "shapes": [measure(shape, dtype, args.rounds) for dtype in TYPES for shape in SHAPES]}  # fmt: skip
     for found in facts["shapes"]:
         for way in ("forward", "backward"):
-            print("n L M N K {}: {:8} torch's takes {torchs_over_ours:.2f} times ours; shares of a product {ours_share:.2f}, "
-                  "{torchs_share:.2f}".format(found["shape"], way, **found[way]))  # fmt: skip
+            print("{precision} n L M N K {shape} {way}: torch's takes {torchs_over_ours:.2f} times ours; shares of a product "
+                  "{ours_share:.2f}, {torchs_share:.2f}".format(way=way, **found, **found[way]))  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -1,9 +1,10 @@
-// Flash attention in bf16 for CPUs with AVX512-BF16 (Dao 2023): forward, and backward from the logarithms.
+// Flash attention for CPUs with AVX512-BF16 (Dao 2023), in fp32 and bf16: forward, and backward from the logarithms.
 //
-// All products run through one microkernel, `tile`, on pairs of bf16 beside each other along the summed dimension:
-//     C [rows, columns] fp32 (+)= A · B,   A's pairs wherever they lie, B's packed in panels of 64 columns: [panel][pair][64].
-// A sequence's keys are met a block at a time, sums are fp32, and logits never leave fp32. Only P and dS are rounded to bf16,
-// as they are in flash attention on a GPU.
+// All products run through one microkernel, `tile`, on units of 32 bits: a float, or two bf16 beside each other along the summed
+// dimension.
+//     C [rows, columns] fp32 (+)= A · B,   A's units wherever they lie, B's packed in panels of 64 columns: [panel][unit][64].
+// A sequence's keys are met a block at a time, sums are fp32, and logits never leave fp32. Of bf16 only P and dS are rounded, as
+// they are in flash attention on a GPU.
 //
 // n sequences of L queries and M keys, N heads of K channels (a multiple of 16); q, out, dq [n, L, N, K], k, v, dk, dv
 // [n, M, N, K], lse [n, L, N] fp32. A head of a sequence is one task of one thread, and writes what no other does.
@@ -13,26 +14,36 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <cstdlib>
 #include <limits>
-#include <vector>
+#include <memory>
+#include <new>
+#include <type_traits>
 
 namespace {
 
 using bf16 = uint16_t;
-using pair = uint32_t;  // two bf16, the first in the low half
+using unit = uint32_t;  // a float, or two bf16, the first in the low half
 
-constexpr int64_t LANES = 16, PANEL = 64;       // floats in a register; columns of a panel of B
-constexpr int64_t QUERIES = 48, KEYS = 256;     // of a block: its tiles stay in L2
-constexpr int64_t ROWS = 6;                     // of a tile: 6 x 4 sums, 4 of B and 1 of A fill the registers
+template <class T> constexpr int64_t PER = sizeof(unit) / sizeof(T);  // numbers of a unit
+constexpr int64_t LANES = 16, PANEL = 64;   // units in a register; columns of a panel of B
+constexpr int64_t QUERIES = 48, KEYS = 256;  // of a block: its tiles stay in L2
+constexpr int64_t ROWS = 6;                  // of a tile: 6 x 4 sums, 4 of B and 1 of A fill the registers
 
 int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+template <class T> int64_t units(int64_t numbers) { return (numbers + PER<T> - 1) / PER<T>; }
 
-template <class T> class Buffer {  // aligned to a cache line
-  std::vector<T> memory_;
+struct Freed {
+  void operator()(void* memory) const { std::free(memory); }
+};
+// Memory of one thread for all its tasks, aligned to a cache line and not cleared.
+template <class T> class Buffer {
+  std::unique_ptr<T, Freed> memory_;
  public:
-  explicit Buffer(int64_t size) : memory_(size + PANEL / sizeof(T)) {}
-  T* get() { return reinterpret_cast<T*>(up(reinterpret_cast<int64_t>(memory_.data()), PANEL)); }
+  explicit Buffer(int64_t size) : memory_(static_cast<T*>(std::aligned_alloc(64, up(size * sizeof(T) + 1, 64)))) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  operator T*() const { return memory_.get(); }
 };
 
 // One head of one sequence, wherever it lies.
@@ -42,76 +53,85 @@ template <class T> struct Head {
   T* row(int64_t i) const { return at + i * stride; }
 };
 
-// A: pairs of a row `row` apart and of the summed dimension `step` apart.
-struct Pairs {
-  const pair* at;
+// A: units of a row `row` apart and of the summed dimension `step` apart.
+struct Left {
+  const unit* at;
   int64_t row, step;
 };
+template <class T> Left by_row(const T* at, int64_t stride) { return {(const unit*)at, stride / PER<T>, 1}; }
 
-template <int R, int W, bool ADD>
-void tile(Pairs a, const pair* b, int64_t width, int64_t depth, float* c, int64_t ldc) {
+template <class T> __m512 add_product(__m512 sum, __m512i right, unit left) {
+  const __m512i every = _mm512_set1_epi32(left);
+  if constexpr (std::is_same_v<T, float>) return _mm512_fmadd_ps(_mm512_castsi512_ps(right), _mm512_castsi512_ps(every), sum);
+  else return _mm512_dpbf16_ps(sum, (__m512bh)right, (__m512bh)every);
+}
+
+template <class T, int R, int W, bool ADD>
+void tile(Left a, const unit* b, int64_t depth, float* c, int64_t ldc) {
   __m512 sum[R][W];
   for (int r = 0; r < R; ++r)
     for (int w = 0; w < W; ++w) sum[r][w] = ADD ? _mm512_loadu_ps(c + r * ldc + w * LANES) : _mm512_setzero_ps();
   for (int64_t d = 0; d < depth; ++d) {
-    __m512bh right[W];
-    for (int w = 0; w < W; ++w) right[w] = (__m512bh)_mm512_load_si512(b + d * width + w * LANES);
+    __m512i right[W];
+    for (int w = 0; w < W; ++w) right[w] = _mm512_load_si512(b + (d * W + w) * LANES);
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(a.at[r * a.row + d * a.step]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) sum[r][w] = _mm512_dpbf16_ps(sum[r][w], right[w], left);
-    }
+      for (int w = 0; w < W; ++w) sum[r][w] = add_product<T>(sum[r][w], right[w], a.at[r * a.row + d * a.step]);
   }
   for (int r = 0; r < R; ++r)
     for (int w = 0; w < W; ++w) _mm512_storeu_ps(c + r * ldc + w * LANES, sum[r][w]);
 }
 
-template <int W, bool ADD>
-void rows_of(Pairs a, const pair* b, int64_t rows, int64_t depth, float* c, int64_t ldc) {
-  for (; rows >= ROWS; rows -= ROWS, a.at += ROWS * a.row, c += ROWS * ldc) tile<ROWS, W, ADD>(a, b, W * LANES, depth, c, ldc);
-  for (; rows > 0; --rows, a.at += a.row, c += ldc) tile<1, W, ADD>(a, b, W * LANES, depth, c, ldc);
+template <class T, int W, bool ADD>
+void rows_of(Left a, const unit* b, int64_t rows, int64_t depth, float* c, int64_t ldc) {
+  for (; rows >= ROWS; rows -= ROWS, a.at += ROWS * a.row, c += ROWS * ldc) tile<T, ROWS, W, ADD>(a, b, depth, c, ldc);
+  for (; rows > 0; --rows, a.at += a.row, c += ldc) tile<T, 1, W, ADD>(a, b, depth, c, ldc);
 }
 
-// c [rows, columns] (+)= a · b. Columns: a multiple of LANES; the last panel is as narrow as need be.
-template <bool ADD>
-void multiply(Pairs a, const pair* b, int64_t rows, int64_t columns, int64_t depth, float* c, int64_t ldc) {
+// c [rows, columns] (+)= a · b. Columns: a multiple of LANES; the last panel is as narrow as need be. `depth` in units.
+template <class T, bool ADD>
+void multiply(Left a, const unit* b, int64_t rows, int64_t columns, int64_t depth, float* c, int64_t ldc) {
   for (; columns > 0; columns -= PANEL, b += PANEL * depth, c += PANEL) {
     switch (std::min(columns, PANEL) / LANES) {
-      case 4: rows_of<4, ADD>(a, b, rows, depth, c, ldc); break;
-      case 3: rows_of<3, ADD>(a, b, rows, depth, c, ldc); break;
-      case 2: rows_of<2, ADD>(a, b, rows, depth, c, ldc); break;
-      default: rows_of<1, ADD>(a, b, rows, depth, c, ldc);
+      case 4: rows_of<T, 4, ADD>(a, b, rows, depth, c, ldc); break;
+      case 3: rows_of<T, 3, ADD>(a, b, rows, depth, c, ldc); break;
+      case 2: rows_of<T, 2, ADD>(a, b, rows, depth, c, ldc); break;
+      default: rows_of<T, 1, ADD>(a, b, rows, depth, c, ldc);
     }
   }
 }
 
 __m512i widened(const bf16* x) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)); }
-__m512 floats(const bf16* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(widened(x), 16)); }
 __m512i interleaved(__m512i first, __m512i second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
+__m512 floats(const bf16* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(widened(x), 16)); }
+__m512 floats(const float* x) { return _mm512_loadu_ps(x); }
 __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 void store(bf16* at, __m512 x) { _mm256_storeu_si256((__m256i*)at, rounded(x)); }
+void store(float* at, __m512 x) { _mm512_storeu_ps(at, x); }
 
-// B of x [tokens, K] summed over tokens: [panel][tokens / 2][64] pairs of two tokens. Tokens that are not there are zero.
-void pack_tokens(Head<const bf16> x, int64_t tokens, int64_t K, pair* b) {
-  const int64_t depth = up(tokens, 2) / 2;
+// B of x [tokens, K] summed over tokens: [panel][units of tokens][64]. What fills the last unit is zero.
+template <class T> void pack_tokens(Head<const T> x, int64_t tokens, int64_t K, unit* b) {
+  const int64_t depth = units<T>(tokens);
   for (int64_t d = 0; d < depth; ++d)
     for (int64_t c = 0; c < K; c += LANES) {
       const int64_t panel = c / PANEL * PANEL, width = std::min(PANEL, K - panel);
-      const __m512i first = widened(x.row(2 * d) + c);
-      const __m512i second = 2 * d + 1 < tokens ? widened(x.row(2 * d + 1) + c) : _mm512_setzero_si512();
-      _mm512_store_si512(b + panel * depth + d * width + c - panel, interleaved(first, second));
+      __m512i y;
+      if constexpr (PER<T> == 1) y = _mm512_loadu_si512(x.row(d) + c);
+      else
+        y = interleaved(widened(x.row(2 * d) + c), 2 * d + 1 < tokens ? widened(x.row(2 * d + 1) + c) : _mm512_setzero_si512());
+      _mm512_store_si512(b + panel * depth + d * width + c - panel, y);
     }
 }
 
-// B of the transposed x, summed over channels: [panel][K / 2][64] pairs of two channels, a token a column.
-void pack_channels(Head<const bf16> x, int64_t tokens, int64_t K, pair* b) {
-  const int64_t depth = K / 2, columns = up(tokens, LANES);
+// B of the transposed x, summed over channels: [panel][units of channels][64], a token a column.
+template <class T> void pack_channels(Head<const T> x, int64_t tokens, int64_t K, unit* b) {
+  const int64_t depth = K / PER<T>, columns = up(tokens, LANES);
+  const __m512i places = _mm512_mullo_epi32(_mm512_set1_epi32(x.stride * sizeof(T)),
+                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   for (int64_t t = 0; t < columns; t += LANES) {
     const int64_t panel = t / PANEL * PANEL, width = std::min(PANEL, columns - panel);
     const __mmask16 there = tokens - t >= LANES ? 0xffff : (1 << (tokens - t)) - 1;
-    const __m512i places = _mm512_mullo_epi32(_mm512_set1_epi32(x.stride * sizeof(bf16)),
-                                              _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (int64_t d = 0; d < depth; ++d) {
       const __m512i y = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, (const int*)x.row(t) + d, 1);
       _mm512_store_si512(b + panel * depth + d * width + t - panel, y);
@@ -119,12 +139,11 @@ void pack_channels(Head<const bf16> x, int64_t tokens, int64_t K, pair* b) {
   }
 }
 
-Pairs pairs(Head<const bf16> x, int64_t first) { return {(const pair*)x.row(first), x.stride / 2, 1}; }
-
 // exp, to 2 units in the last place: 2^i · 2^f, f in [-1/2, 1/2], by a polynomial. Below the smallest float: 0.
 __m512 exponential(__m512 x) {
-  const __m512 y = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), _mm512_set1_ps(-150.f));
-  const __m512 i = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(y, i);
+  const __m512 log2_e = _mm512_set1_ps(1.44269504088896f), y = _mm512_max_ps(x, _mm512_set1_ps(-104.f));
+  const __m512 i = _mm512_roundscale_ps(_mm512_mul_ps(y, log2_e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_fmsub_ps(y, log2_e, i);
   __m512 p = _mm512_set1_ps(1.5403530393381608e-4f);  // ln2^k / k!
   for (const float c : {1.3333558146428443e-3f, 9.618129107628477e-3f, 5.550410866482158e-2f, 2.402265069591007e-1f,
                         6.931471805599453e-1f, 1.f})
@@ -137,18 +156,27 @@ struct Shape {
   float scale;
 };
 
-void forward(const Shape& s, Head<const bf16> q, Head<const bf16> k, Head<const bf16> v, Head<bf16> out, Head<float> lse) {
-  const int64_t K = s.K, whole = up(KEYS, LANES);
-  Buffer<pair> keys_(up(s.M, LANES) * K / 2), values_(up(s.M, 2) * K / 2 + KEYS * K);
-  Buffer<float> logits_(QUERIES * whole), sums_(QUERIES * K);
-  Buffer<bf16> chances_(QUERIES * whole);
-  pair *keys = keys_.get(), *values = values_.get();
-  float *logits = logits_.get(), *sums = sums_.get();
-  bf16* chances = chances_.get();
+// What forward passes put down on the way: B of the keys and values, and of a block of queries its logits, P and sums.
+template <class T> struct ForwardRoom {
+  Buffer<unit> keys, values;
+  Buffer<float> logits, sums;
+  Buffer<T> chances;
+  explicit ForwardRoom(const Shape& s)
+      : keys(up(s.M, LANES) * s.K / PER<T>), values(units<T>(s.M) * s.K), logits(QUERIES * KEYS), sums(QUERIES * s.K),
+        chances(QUERIES * KEYS) {}
+};
+
+template <class T>
+void forward(const Shape& s, const ForwardRoom<T>& room, Head<const T> q, Head<const T> k, Head<const T> v, Head<T> out,
+             Head<float> lse) {
+  const int64_t K = s.K, whole = KEYS, of_channels = K / PER<T>;
+  unit *keys = room.keys, *values = room.values;
+  float *logits = room.logits, *sums = room.sums;
+  T* chances = room.chances;
   for (int64_t m = 0; m < s.M; m += KEYS) {  // a block of keys after the other
     const int64_t count = std::min(KEYS, s.M - m);
-    pack_channels({k.row(m), k.stride}, count, K, keys + m * K / 2);
-    pack_tokens({v.row(m), v.stride}, count, K, values + m * K / 2);
+    pack_channels<T>({k.row(m), k.stride}, count, K, keys + m * of_channels);
+    pack_tokens<T>({v.row(m), v.stride}, count, K, values + units<T>(m) * K);
   }
   float most[QUERIES], total[QUERIES];
   for (int64_t l = 0; l < s.L; l += QUERIES) {
@@ -158,7 +186,7 @@ void forward(const Shape& s, Head<const bf16> q, Head<const bf16> k, Head<const 
     std::fill_n(sums, rows * K, 0.f);
     for (int64_t m = 0; m < s.M; m += KEYS) {
       const int64_t count = std::min(KEYS, s.M - m), columns = up(count, LANES);
-      multiply<false>(pairs(q, l), keys + m * K / 2, rows, columns, K / 2, logits, whole);
+      multiply<T, false>(by_row(q.row(l), q.stride), keys + m * of_channels, rows, columns, of_channels, logits, whole);
       for (int64_t r = 0; r < rows; ++r) {
         float* x = logits + r * whole;
         for (int64_t c = count; c < columns; ++c) x[c] = -std::numeric_limits<float>::infinity();
@@ -178,7 +206,7 @@ void forward(const Shape& s, Head<const bf16> q, Head<const bf16> k, Head<const 
             _mm512_store_ps(sums + r * K + c, _mm512_mul_ps(_mm512_load_ps(sums + r * K + c), _mm512_set1_ps(shrink)));
         most[r] = now;
       }
-      multiply<true>({(const pair*)chances, whole / 2, 1}, values + m * K / 2, rows, K, up(count, 2) / 2, sums, K);
+      multiply<T, true>(by_row(chances, whole), values + units<T>(m) * K, rows, K, units<T>(count), sums, K);
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < K; c += LANES)
@@ -188,30 +216,41 @@ void forward(const Shape& s, Head<const bf16> q, Head<const bf16> k, Head<const 
   }
 }
 
-// Two rows of floats as bf16: each for itself, and as pairs of one beside the other.
-void round_two(__m512 first, __m512 second, bf16* one, bf16* other, pair* beside) {
-  const __m256i a = rounded(first), b = rounded(second);
-  if (one) _mm256_store_si256((__m256i*)one, a);
-  if (other) _mm256_store_si256((__m256i*)other, b);
+// Rows of floats that make up a unit along the queries: each for itself, and as units.
+void keep(const __m512* x, float* rows, int64_t, unit*) { _mm512_store_ps(rows, x[0]); }
+void keep(const __m512* x, bf16* rows, int64_t stride, unit* beside) {
+  const __m256i a = rounded(x[0]), b = rounded(x[1]);
+  _mm256_store_si256((__m256i*)rows, a);
+  _mm256_store_si256((__m256i*)(rows + stride), b);
   _mm512_store_si512(beside, interleaved(_mm512_cvtepu16_epi32(a), _mm512_cvtepu16_epi32(b)));
 }
 
-void backward(const Shape& s, Head<const bf16> grad, Head<const bf16> q, Head<const bf16> k, Head<const bf16> v,
-              Head<const bf16> out, Head<const float> lse, Head<bf16> dq, Head<bf16> dk, Head<bf16> dv) {
-  const int64_t K = s.K;
-  // B of the queries and of the gradient, a block after the other; of a block of keys: K^T, V^T, K.
-  Buffer<pair> q_(up(s.L, QUERIES) * K / 2), grad_(up(s.L, QUERIES) * K / 2), k_(KEYS * K / 2), v_(KEYS * K / 2), kt_(KEYS * K / 2);
-  Buffer<pair> p_pairs_(QUERIES / 2 * KEYS), ds_pairs_(QUERIES / 2 * KEYS);
-  Buffer<bf16> ds_(QUERIES * KEYS);
-  Buffer<float> logits_(QUERIES * KEYS), dp_(QUERIES * KEYS), dq_(s.L * K), dk_(KEYS * K), dv_(KEYS * K), delta_(s.L);
-  pair *qb = q_.get(), *gb = grad_.get(), *kb = k_.get(), *vb = v_.get(), *kt = kt_.get();
-  pair *p_pairs = p_pairs_.get(), *ds_pairs = ds_pairs_.get();
-  bf16* ds = ds_.get();
-  float *logits = logits_.get(), *dp = dp_.get(), *dqs = dq_.get(), *dks = dk_.get(), *dvs = dv_.get(), *delta = delta_.get();
+// What backward passes put down: B of the queries and of the gradient, a block after the other; of a block of keys B of K^T, V^T
+// and K; P and dS, and the same as units of queries, which of floats they are by themselves; gradients in fp32.
+template <class T> struct BackwardRoom {
+  static constexpr int64_t BESIDE = PER<T> == 1 ? 0 : QUERIES / PER<T> * KEYS;
+  Buffer<unit> queries, grads, kt, vt, keys, p_units, ds_units;
+  Buffer<T> p, ds;
+  Buffer<float> logits, dp, dq, dk, dv, delta;
+  explicit BackwardRoom(const Shape& s)
+      : queries(units<T>(up(s.L, QUERIES)) * s.K), grads(units<T>(up(s.L, QUERIES)) * s.K), kt(KEYS * s.K / PER<T>),
+        vt(KEYS * s.K / PER<T>), keys(KEYS * s.K / PER<T>), p_units(BESIDE), ds_units(BESIDE), p(QUERIES * KEYS),
+        ds(QUERIES * KEYS), logits(QUERIES * KEYS), dp(QUERIES * KEYS), dq(s.L * s.K), dk(KEYS * s.K), dv(KEYS * s.K),
+        delta(s.L) {}
+};
+
+template <class T>
+void backward(const Shape& s, const BackwardRoom<T>& room, Head<const T> grad, Head<const T> q, Head<const T> k, Head<const T> v,
+              Head<const T> out, Head<const float> lse, Head<T> dq, Head<T> dk, Head<T> dv) {
+  const int64_t K = s.K, of_channels = K / PER<T>;
+  unit *qb = room.queries, *gb = room.grads, *kt = room.kt, *vt = room.vt, *kb = room.keys;
+  T *p = room.p, *ds = room.ds;
+  unit *p_units = PER<T> == 1 ? (unit*)p : room.p_units, *ds_units = PER<T> == 1 ? (unit*)ds : room.ds_units;
+  float *logits = room.logits, *dp = room.dp, *dqs = room.dq, *dks = room.dk, *dvs = room.dv, *delta = room.delta;
   for (int64_t l = 0; l < s.L; l += QUERIES) {
     const int64_t rows = std::min(QUERIES, s.L - l);
-    pack_tokens({q.row(l), q.stride}, rows, K, qb + l * K / 2);
-    pack_tokens({grad.row(l), grad.stride}, rows, K, gb + l * K / 2);
+    pack_tokens<T>({q.row(l), q.stride}, rows, K, qb + units<T>(l) * K);
+    pack_tokens<T>({grad.row(l), grad.stride}, rows, K, gb + units<T>(l) * K);
   }
   for (int64_t l = 0; l < s.L; ++l) {
     __m512 sum = _mm512_setzero_ps();
@@ -221,34 +260,35 @@ void backward(const Shape& s, Head<const bf16> grad, Head<const bf16> q, Head<co
   std::fill_n(dqs, s.L * K, 0.f);
   for (int64_t m = 0; m < s.M; m += KEYS) {
     const int64_t count = std::min(KEYS, s.M - m), columns = up(count, LANES);
-    pack_channels({k.row(m), k.stride}, count, K, kb);
-    pack_channels({v.row(m), v.stride}, count, K, vb);
-    pack_tokens({k.row(m), k.stride}, count, K, kt);
+    pack_channels<T>({k.row(m), k.stride}, count, K, kt);
+    pack_channels<T>({v.row(m), v.stride}, count, K, vt);
+    pack_tokens<T>({k.row(m), k.stride}, count, K, kb);
     std::fill_n(dks, columns * K, 0.f);
     std::fill_n(dvs, columns * K, 0.f);
     for (int64_t l = 0; l < s.L; l += QUERIES) {
-      const int64_t rows = std::min(QUERIES, s.L - l), even = up(rows, 2);
-      multiply<false>(pairs(q, l), kb, rows, columns, K / 2, logits, KEYS);
-      multiply<false>(pairs(grad, l), vb, rows, columns, K / 2, dp, KEYS);
-      for (int64_t r = 0; r < rows; r += 2)
+      const int64_t rows = std::min(QUERIES, s.L - l);
+      multiply<T, false>(by_row(q.row(l), q.stride), kt, rows, columns, of_channels, logits, KEYS);
+      multiply<T, false>(by_row(grad.row(l), grad.stride), vt, rows, columns, of_channels, dp, KEYS);
+      for (int64_t r = 0; r < rows; r += PER<T>)
         for (int64_t c = 0; c < columns; c += LANES) {
-          __m512 p[2], g[2];
-          for (int i = 0; i < 2; ++i) {
-            p[i] = g[i] = _mm512_setzero_ps();
+          __m512 chance[PER<T>], slope[PER<T>];
+          for (int i = 0; i < PER<T>; ++i) {
+            chance[i] = slope[i] = _mm512_setzero_ps();
             if (r + i >= rows) continue;
             const int64_t place = (r + i) * KEYS + c;
             const __m512 x = _mm512_load_ps(logits + place);
-            p[i] = exponential(_mm512_fmsub_ps(x, _mm512_set1_ps(s.scale), _mm512_set1_ps(*lse.row(l + r + i))));
-            if (c + LANES > count) p[i] = _mm512_maskz_mov_ps((1 << (count - c)) - 1, p[i]);
-            g[i] = _mm512_mul_ps(_mm512_mul_ps(p[i], _mm512_set1_ps(s.scale)),
-                                 _mm512_sub_ps(_mm512_load_ps(dp + place), _mm512_set1_ps(delta[l + r + i])));
+            chance[i] = exponential(_mm512_fmsub_ps(x, _mm512_set1_ps(s.scale), _mm512_set1_ps(*lse.row(l + r + i))));
+            // Beside the last key lies padding, whose exp may be infinite.
+            if (c + LANES > count) chance[i] = _mm512_maskz_mov_ps((1 << (count - c)) - 1, chance[i]);
+            slope[i] = _mm512_mul_ps(_mm512_mul_ps(chance[i], _mm512_set1_ps(s.scale)),
+                                     _mm512_sub_ps(_mm512_load_ps(dp + place), _mm512_set1_ps(delta[l + r + i])));
           }
-          round_two(p[0], p[1], nullptr, nullptr, p_pairs + r / 2 * KEYS + c);
-          round_two(g[0], g[1], ds + r * KEYS + c, ds + (r + 1) * KEYS + c, ds_pairs + r / 2 * KEYS + c);
+          keep(chance, p + r * KEYS + c, KEYS, p_units + r / PER<T> * KEYS + c);
+          keep(slope, ds + r * KEYS + c, KEYS, ds_units + r / PER<T> * KEYS + c);
         }
-      multiply<true>({(const pair*)ds, KEYS / 2, 1}, kt, rows, K, up(count, 2) / 2, dqs + l * K, K);
-      multiply<true>({p_pairs, 1, KEYS}, gb + l * K / 2, count, K, even / 2, dvs, K);
-      multiply<true>({ds_pairs, 1, KEYS}, qb + l * K / 2, count, K, even / 2, dks, K);
+      multiply<T, true>(by_row(ds, KEYS), kb, rows, K, units<T>(count), dqs + l * K, K);
+      multiply<T, true>({p_units, 1, KEYS}, gb + units<T>(l) * K, count, K, units<T>(rows), dvs, K);
+      multiply<T, true>({ds_units, 1, KEYS}, qb + units<T>(l) * K, count, K, units<T>(rows), dks, K);
     }
     for (int64_t t = 0; t < count; ++t)
       for (int64_t c = 0; c < K; c += LANES) {
@@ -265,22 +305,44 @@ template <class T> Head<T> head(T* x, int64_t i, const Shape& s, int64_t length,
   return {x + (i / s.N * length * s.N + i % s.N) * width, s.N * width};
 }
 
+template <class T>
+void forward_all(const Shape& s, const T* q, const T* k, const T* v, T* out, float* lse, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const ForwardRoom<T> room(s);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < s.n * s.N; ++i)
+      forward<T>(s, room, head(q, i, s, s.L, s.K), head(k, i, s, s.M, s.K), head(v, i, s, s.M, s.K), head(out, i, s, s.L, s.K),
+                 head(lse, i, s, s.L, 1));
+  }
+}
+
+template <class T>
+void backward_all(const Shape& s, const T* grad, const T* q, const T* k, const T* v, const T* out, const float* lse, T* dq, T* dk,
+                  T* dv, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const BackwardRoom<T> room(s);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < s.n * s.N; ++i)
+      backward<T>(s, room, head(grad, i, s, s.L, s.K), head(q, i, s, s.L, s.K), head(k, i, s, s.M, s.K), head(v, i, s, s.M, s.K),
+                head(out, i, s, s.L, s.K), head(lse, i, s, s.L, 1), head(dq, i, s, s.L, s.K), head(dk, i, s, s.M, s.K),
+                head(dv, i, s, s.M, s.K));
+  }
+}
+
 }  // namespace
 
-extern "C" void flash_cpu_forward(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, int64_t n, int64_t L,
-                                  int64_t M, int64_t N, int64_t K, float scale, int threads) {
-  const Shape s{n, L, M, N, K, scale};
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t i = 0; i < n * N; ++i)
-    forward(s, head(q, i, s, L, K), head(k, i, s, M, K), head(v, i, s, M, K), head(out, i, s, L, K), head(lse, i, s, L, 1));
-}
+#define INTERFACE(NAME, T)                                                                                                      \
+  extern "C" void flash_cpu_forward_##NAME(const T* q, const T* k, const T* v, T* out, float* lse, int64_t n, int64_t L,         \
+                                           int64_t M, int64_t N, int64_t K, float scale, int threads) {                         \
+    forward_all<T>({n, L, M, N, K, scale}, q, k, v, out, lse, threads);                                                         \
+  }                                                                                                                             \
+  extern "C" void flash_cpu_backward_##NAME(const T* grad, const T* q, const T* k, const T* v, const T* out, const float* lse,  \
+                                            T* dq, T* dk, T* dv, int64_t n, int64_t L, int64_t M, int64_t N, int64_t K,         \
+                                            float scale, int threads) {                                                         \
+    backward_all<T>({n, L, M, N, K, scale}, grad, q, k, v, out, lse, dq, dk, dv, threads);                                      \
+  }
 
-extern "C" void flash_cpu_backward(const bf16* grad, const bf16* q, const bf16* k, const bf16* v, const bf16* out, const float* lse,
-                                   bf16* dq, bf16* dk, bf16* dv, int64_t n, int64_t L, int64_t M, int64_t N, int64_t K, float scale,
-                                   int threads) {
-  const Shape s{n, L, M, N, K, scale};
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t i = 0; i < n * N; ++i)
-    backward(s, head(grad, i, s, L, K), head(q, i, s, L, K), head(k, i, s, M, K), head(v, i, s, M, K), head(out, i, s, L, K),
-             head(lse, i, s, L, 1), head(dq, i, s, L, K), head(dk, i, s, M, K), head(dv, i, s, M, K));
-}
+INTERFACE(bf16, bf16)
+INTERFACE(fp32, float)

@@ -1,4 +1,4 @@
-"""Flash attention in bf16 on CPUs with AVX512-BF16, for all sequences of one size at once.
+"""Flash attention on CPUs with AVX512-BF16, in bf16 and fp32, for all sequences of one size at once.
 
 torch's flash attention for CPUs gets little from bf16 without AMX: its products are calls of a library, each with its own
 set-up, and what lies between them is rounded to bf16. `flash_cpu.cpp` holds one microkernel and what packs for it; it is compiled
@@ -6,7 +6,7 @@ when it is first wanted, in some seconds, and kept where torch keeps extensions 
 
 Shapes: n sequences of L queries and M keys, N heads of K channels; q [n, L, N, K], k and v [n, M, N, K].
 
-Dao 2023, algorithms 1 and 2. Sums and logits are fp32; P and dS are rounded to bf16 before their products. A head of a
+Dao 2023, algorithms 1 and 2. Sums and logits are fp32; of bf16, P and dS are rounded before their products. A head of a
 sequence is computed by one thread in a fixed order: the same bits whatever the number of threads.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
@@ -29,6 +30,7 @@ FLAGS = (
     "-mfma", "-ffp-contract=off",
 )  # fmt: skip
 LANES = 16  # to which heads are padded
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class CannotBuild(Exception):
@@ -71,10 +73,12 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def _call(name: str, *tensors: Tensor, shape: tuple[int, ...], scale: float) -> None:
-    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+def _call(name: str, q: Tensor, *tensors: Tensor, shape: tuple[int, ...], scale: float) -> None:
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, *tensors)]
     sizes = [ctypes.c_int64(size) for size in shape]
-    library()[name](*addresses, *sizes, ctypes.c_float(scale), ctypes.c_int(torch.get_num_threads()))
+    library()[f"{name}_{TYPES[q.dtype]}"](
+        *addresses, *sizes, ctypes.c_float(scale), ctypes.c_int(torch.get_num_threads())
+    )
 
 
 def padded(*tensors: Tensor) -> list[Tensor]:
@@ -124,10 +128,23 @@ def _differentiate(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+Sizes = tuple[int, ...]
+
+
+@register_flop_formula(torch.ops.megasora_kernels.flash_cpu)
+def _forward_flops(q: Sizes, k: Sizes, v: Sizes, **_: Any) -> int:
+    n, L, N, K = q
+    return 4 * n * N * L * k[1] * K
+
+
+@register_flop_formula(torch.ops.megasora_kernels.flash_cpu_backward)
+def _backward_flops(_grad: Sizes, q: Sizes, k: Sizes, *_rest: Sizes, **_: Any) -> int:
+    """As torch counts its own: with the logits, which are computed again."""
+    return 5 * _forward_flops(q, k, k) // 2
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k, v in bf16 -> out [n, L, N, K], lse [n, L, N] fp32, the logarithms of the softmax's sums; with autograd of out.
+    """q, k, v in bf16 or fp32 -> out [n, L, N, K], lse [n, L, N] fp32: the logarithms of the softmax's sums. Autograd of out.
 
     There must be keys. Raises ValueError where shapes or types do not fit, CannotBuild where it cannot run.
     """
@@ -148,5 +165,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q [n, L, N, K], k and v [n, M, N, K], M > 0, do not fit: {[*map(list, (q.shape, k.shape, v.shape))]}"
         )
-    if {q.dtype, k.dtype, v.dtype} != {torch.bfloat16}:
-        raise ValueError(f"q, k and v must be bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v must be all bfloat16 or all float32, not {q.dtype}, {k.dtype}, {v.dtype}")

@@ -11,6 +11,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from megasora_kernels.flash_cpu import TYPES as CPU_TYPES
 from megasora_kernels.flash_cpu import CannotBuild, cannot_run, flash_cpu, library
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,14 +45,14 @@ class ChosenAttention:
             q, k, v = (queries.enter(x) for x in (q, k, v))  # [L, N, K] each: those that see each other side by side
             return queries.leave(self(q, k, v, queries.segments, queries.segments))
         assert not isinstance(keys, Order)
-        if self.name == "sdpa" or (q.dtype == torch.float32 and not self.forced):  # only torch takes 32 bits
+        if self.name == "cpu":
+            return by_segment(cpu_attend if self.kernels(q) == "cpu" else sdpa_attend, q, k, v, queries, keys)
+        if self.name == "sdpa" or (q.dtype == torch.float32 and not self.forced):  # on a GPU only torch takes 32 bits
             return sdpa_attention(q, k, v, queries, keys)
         if q.dtype == torch.float32:
             raise ConfigError(
                 f"model.attention={self.name}: takes 16 bits only: precision.precision=bf16, or attention=sdpa"
             )
-        if self.name == "cpu":
-            return by_segment(cpu_attend if self.kernels(q) == "cpu" else sdpa_attend, q, k, v, queries, keys)
         if self.name == "cudnn":
             # cuDNN refuses segments with a single key: those are flash attention's.
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
@@ -59,13 +60,13 @@ class ChosenAttention:
         return varlen_attention(self.name, q, k, v, queries, keys)
 
     def kernels(self, q: Tensor) -> str:
-        """Whose kernels (`FLASH`) a ring of ranks and compiled blocks call for such queries: torch's for 32 bits, as everywhere,
-        and where a library keeps its logarithms for itself."""
-        here = (q.dtype != torch.float32 or self.forced) and self.name in FLASH
-        if here and self.name == "cpu" and (reason := cannot_build()):
-            if self.forced:
+        """Whose kernels (`FLASH`) a ring of ranks and compiled blocks call for such queries: torch's for 32 bits on a GPU, and
+        where a library keeps its logarithms for itself."""
+        if self.name == "cpu":
+            if (reason := cannot_build()) and self.forced:
                 raise ConfigError(f"model.attention=cpu: {reason}, or use auto")
-            here = False
+            return "sdpa" if reason or q.dtype not in CPU_TYPES else "cpu"
+        here = (q.dtype != torch.float32 or self.forced) and self.name in FLASH
         return self.name if here else "sdpa"
 
 
@@ -75,7 +76,7 @@ def cannot_build() -> str:
     try:
         library()
     except CannotBuild as error:
-        log.warning("attention: our kernels for bf16 cannot be built: %s", error)
+        log.warning("attention: torch's; our kernels for CPUs cannot be built: %s", error)
         return str(error)
     return ""
 
@@ -170,7 +171,7 @@ def choose(name: str, capability: int | None) -> tuple[str, str]:
         return name, "as the config says"
     if capability is None:
         reason = why_not("cpu", capability)
-        return ("sdpa", f"torch's; {reason}") if reason else ("cpu", "our own for bf16, torch's for 32 bits")
+        return ("sdpa", f"torch's; {reason}") if reason else ("cpu", "our own for CPUs with AVX512-BF16")
     passed: list[str] = []
     for candidate in PREFERRED:
         reason = why_not(candidate, capability)

@@ -40,7 +40,7 @@ def test_the_first_that_can_run_is_chosen() -> None:
     with mock.patch.object(attention, "cannot_run", return_value="this CPU has no AVX512-BF16"):
         assert choose("auto", None) == ("sdpa", "torch's; this CPU has no AVX512-BF16")
     with mock.patch.object(attention, "cannot_run", return_value=""):
-        assert choose("auto", None) == ("cpu", "our own for bf16, torch's for 32 bits")
+        assert choose("auto", None) == ("cpu", "our own for CPUs with AVX512-BF16")
     with installed():
         name, reason = choose("auto", 90)
         assert name == "sdpa"
@@ -122,6 +122,7 @@ bf16_cpu = pytest.mark.skipif(bool(cannot_run()), reason=f"our attention for CPU
 )
 def test_our_kernels_for_cpus_are_exact_in_parts(lengths: tuple[int, int, int], heads: int, width: int) -> None:
     """Blocks cut anywhere, heads that fill no register."""
+    assert max(errors_in_parts(FLASH["cpu"], torch.float32, CPU, lengths, heads, width)) < 2e-6
     found = errors_in_parts(FLASH["cpu"], torch.bfloat16, CPU, lengths, heads, width)
     torchs = errors_in_parts(FLASH["sdpa"], torch.bfloat16, CPU, lengths, heads, width)
     assert max(found) < 0.006
