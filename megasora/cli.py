@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from data_pipelines.errors import DataError
 from megasora import __version__
-from megasora.errors import ConfigError, MegasoraError
+from megasora.errors import ConfigError, MegasoraError, NotWritable, not_written
 
 VERBS: dict[str, str] = {
     "prepare": "raw videos, images and captions -> webdataset shards with an index",
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
         run_verb(argv)
     except (MegasoraError, DataError) as error:
         # A wrong config is wrong on every process alike: one of them says so. Where each works for itself, each speaks.
-        if os.environ.get("RANK", "0") == "0" or (isinstance(error, DataError) and argv[0] in ("prepare", "encode")):
+        alone = isinstance(error, NotWritable) or (isinstance(error, DataError) and argv[0] in ("prepare", "encode"))
+        if alone or os.environ.get("RANK", "0") == "0":
             print(f"megasora: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
@@ -71,8 +72,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        _leave_word(error)
-        raise
+        with contextlib.suppress(OSError):  # the disk of the log may be the one that is full
+            _leave_word(error)
+        if (reason := not_written(error)) is None:
+            raise
+        print(f"megasora: {reason}", file=sys.stderr)
+        return NotWritable.exit_code
     return 0
 
 
