@@ -15,6 +15,7 @@ DOCUMENTS = [
     "launch/README.md",
     "kernels/README.md",
     "benchmarks/README.md",
+    "benchmarks/reports/figures.md",
 ]
 PLACES = r"(?:megasora|data_pipelines|kernels|launch|configs|benchmarks|tests|docs)/[\w./-]+"
 
