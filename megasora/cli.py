@@ -137,7 +137,8 @@ def _no_verb(argv: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     if argv[0].startswith("-"):
-        parser.parse_args(argv)
+        parser.parse_known_args(argv)  # ends here for --help and --version
+        raise ConfigError(f"{argv[0]}: unknown option; `megasora --help` lists the verbs")
     nearest = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)[0]
     raise ConfigError(f"{argv[0]}: unknown verb; did you mean {nearest}?")
 

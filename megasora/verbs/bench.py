@@ -90,6 +90,8 @@ def sweep(args: argparse.Namespace) -> None:
         raise ConfigError("bench: --sweep starts its own processes; run it without a launcher")
     from megasora.bench import SCHEMA
 
+    if args.rounds < 1:
+        raise ConfigError(f"bench: --rounds={args.rounds}: at least 1")
     points = choices(args.sweep)
     check_outputs(load_config(args.config, args.overrides), args)
     for point in points:  # what is misspelt is known before anything is measured

@@ -57,6 +57,7 @@ def test_a_sweep_with_a_misspelt_key_measures_nothing(capfd: pytest.CaptureFixtu
     bench = ("bench", "--config", DEMO, "--data=synthetic", "--sweep")
     assert "did you mean parallel.layout?" in fails(capfd, *bench, "parallel.layot=dp1;dp2")
     assert "banana" in fails(capfd, *bench, "parallel.layout=dp1;banana")
+    assert "--rounds=0" in fails(capfd, *bench, "parallel.layout=dp1", "--rounds", "0")
 
 
 def test_prepare_says_where_it_cannot_write(capfd: pytest.CaptureFixture[str], tmp_path: Path, closed: Path) -> None:
@@ -101,3 +102,10 @@ def test_the_demo_clips_take_no_option(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.argv", ["demo_clips", "--help"])
     assert demo_clips.main() == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_without_a_verb_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fails(capfd, "--verison") == "megasora: --verison: unknown option; `megasora --help` lists the verbs"
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
