@@ -50,6 +50,7 @@ lint: setup ## ruff, mypy, shellcheck, hadolint
 
 dist: setup ## build the sdist and the wheel into dist/; nothing is uploaded
 	rm -rf build dist
+	$(BIN)/python -m pip install --quiet build
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove caches and build output; .venv, data/ and runs/ stay
