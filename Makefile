@@ -18,7 +18,7 @@ export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all lint dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,11 @@ lint: setup ## ruff, mypy, bandit, shellcheck, hadolint
 	$(BIN)/bandit -q -c pyproject.toml -r megasora data_pipelines kernels
 	$(BIN)/shellcheck -x $(SCRIPTS)
 	$(BIN)/hadolint Dockerfile
+
+dist: setup ## build the sdist and the wheel into dist/; nothing is uploaded
+	rm -rf build dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --no-isolation
 
 clean: ## remove caches and build output; .venv, data/ and runs/ stay
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build dist ./*.egg-info

@@ -87,11 +87,13 @@ def of_state(job: Job, parameters: list[Parameter], N: int) -> float:
         times = 2 * job.rows if zero == 3 else 1
         gathered = in_blocks * job.width_bytes + (here - 4 * in_blocks)
         sent += part(shards) * (times * gathered + here) + 2 * part(N // shards) * here / shards
-    if job.optim.name == "muon":  # wants matrices whole, wherever they are divided
+    if (
+        job.optim.name == "muon"
+    ):  # wants matrices whole, wherever they are divided, and hands round what one rank made of each
         for p in parameters:
             if p.is_hidden_matrix:
                 ways = shards * (tp if p.split is not None else 1)
-                sent += part(ways) * 4 * p.count
+                sent += part(ways) * 4 * p.count + (4 * p.count if layout.world > layout.pp else 0)
     return sent + 2 * 2 * part(layout.world) * 4  # loss and norm
 
 

@@ -7,6 +7,10 @@ class DataError(Exception):
     exit_code = 3
 
 
+class MissingData(DataError):
+    """There is no such directory: whoever knows which command makes it says so."""
+
+
 class BadSample(Exception):
     """One sample cannot be read or decoded. It is skipped and counted, never fatal and never silent."""
 

@@ -63,7 +63,7 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     if batch % ranks:
         nearest = max(1, round(batch / ranks)) * ranks
         raise ConfigError(
-            f"data.global_batch={batch}: {ranks} data-parallel ranks share it evenly; nearest is {nearest}"
+            f"data.global_batch={batch}: {ranks} data-parallel ranks must share it evenly; nearest is {nearest}"
         )
     t, h, w = latents.compression
     for bucket in (bucket for stage in config.stages for bucket in buckets_of(stage.buckets)):

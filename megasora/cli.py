@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from data_pipelines.errors import DataError
 from megasora import __version__
-from megasora.errors import ConfigError, MegasoraError
+from megasora.errors import ConfigError, MegasoraError, NotWritable, not_written
 
 VERBS: dict[str, str] = {
     "prepare": "raw videos, images and captions -> webdataset shards with an index",
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
         run_verb(argv)
     except (MegasoraError, DataError) as error:
         # A wrong config is wrong on every process alike: one of them says so. Where each works for itself, each speaks.
-        if os.environ.get("RANK", "0") == "0" or (isinstance(error, DataError) and argv[0] in ("prepare", "encode")):
+        alone = isinstance(error, NotWritable) or (isinstance(error, DataError) and argv[0] in ("prepare", "encode"))
+        if alone or os.environ.get("RANK", "0") == "0":
             print(f"megasora: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
@@ -74,8 +75,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        _leave_word(error)
-        raise
+        with contextlib.suppress(OSError):  # the disk of the log may be the one that is full
+            _leave_word(error)
+        if (reason := not_written(error)) is None:
+            raise
+        print(f"megasora: {reason}", file=sys.stderr)
+        return NotWritable.exit_code
     return 0
 
 
@@ -145,7 +150,8 @@ def _no_verb(argv: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     if argv[0].startswith("-"):
-        parser.parse_args(argv)
+        parser.parse_known_args(argv)  # ends here for --help and --version
+        raise ConfigError(f"{argv[0]}: unknown option; `megasora --help` lists the verbs")
     nearest = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.0)[0]
     raise ConfigError(f"{argv[0]}: unknown verb; did you mean {nearest}?")
 

@@ -17,6 +17,7 @@ from megasora.encoders import open_encoders
 from megasora.engines.torch_native import Engine
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, build_microbatch
+from megasora.observe.logs import log
 from megasora.observe.scores import clip_score, fvd
 from megasora.parallel.mesh import Processes, on_main
 from megasora.rendering import make_prompts, render
@@ -100,6 +101,7 @@ def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[
         multiple=group.part(group.layout.cp)[1],
     )
     prompts, mine = make_prompts(settings, text), {}
+    log.info("making %d sample videos", len(prompts))
     with engine.averaged():
         for i in turns(len(prompts), group.data_rank, group.layout.dp):
             caption, prompt = prompts[min(i, len(prompts) - 1)]

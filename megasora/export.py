@@ -53,7 +53,9 @@ def export(source: Contents, target: Path, weights: str) -> Report:
         known = class_of(model)
         arguments = known.arguments(model, largest_latent(config))
     except ValueError as error:
-        raise ConfigError(f"model.{error}") from None
+        raise ConfigError(
+            f"model.{error}; diffusers has no such model, `megasora ckpt convert` makes one safetensors file"
+        ) from None
     names = [name.removeprefix(f"{weights}/") for name in source.tensors if name.startswith(f"{weights}/")]
     if not names:
         raise ConfigError(f"--weights={weights}: {source.path} has none; nearest is model")

@@ -262,14 +262,16 @@ def write_page(found: Replay, directory: Path) -> Path:
 
 def table(found: Replay) -> str:
     """For a console."""
+    wide = max(len("sample"), *(len(s.key) for s in found.samples))
     lines = [
         f"step {found.step}: loss {found.loss:.6g} (recorded {found.recorded_loss}), gradient norm {found.grad_norm:.6g} "
         f"(recorded {found.recorded_grad_norm})",
-        f"{'loss':>10} {'grad norm':>10}  {'t':>6}  {'bucket':<12} {'sample':<24} caption",
+        f"{'loss':>10} {'grad norm':>10}  {'t':>6}  {'bucket':<12} {'sample':<{wide}} caption",
     ]
     for s in found.samples:
         mark = "  <- stands out" if s.suspect else ""
         lines.append(
-            f"{s.loss:>10.5g} {s.grad_norm:>10.5g}  {max(s.timesteps):>6.3f}  {s.bucket:<12} {s.key:<24} {s.caption[:40]}{mark}"
+            f"{s.loss:>10.5g} {s.grad_norm:>10.5g}  {max(s.timesteps):>6.3f}  {s.bucket:<12} "
+            f"{s.key:<{wide}} {s.caption[:40]}{mark}"
         )
     return "\n".join(lines)

@@ -112,6 +112,8 @@ def check_same_run(facts: dict[str, Any], config: Config, data: TrainingData, pa
         order = ORDER.fullmatch(key) is not None
         if not may_change(key) and not (order and opens):
             hint = "--data.segments=open begins a new segment" if order else f"give --run.allow_change=[{key}]"
+            if key.startswith("model."):  # most change the weights' shapes
+                hint += ", or, where the weights are of other shapes, another run.dir and --run.init_from"
             raise ConfigError(
                 f"{key}={now.get(key)}: the checkpoint {path} was made with {before.get(key)}; "
                 f"to change it on purpose {hint}"

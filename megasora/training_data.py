@@ -18,7 +18,7 @@ from data_pipelines.samples.items import SampleSource
 from data_pipelines.shards.tars import ShardSet
 from megasora.device import on_gpu
 from megasora.encoders import LatentFacts, check_latents, open_facts, open_online
-from megasora.errors import ConfigError
+from megasora.errors import ConfigError, made_by
 from megasora.microbatch import patches_of, tokens_of
 from megasora.models.flops import training_flops
 from megasora.models.text import Text
@@ -53,7 +53,9 @@ class TrainingData:
 def open_data(config: Config, device: torch.device) -> TrainingData:
     """The latents of data.path or data.mixture, or raw shards and the encoders. Raises DataError."""
     cache = config.data.cache_config()
-    opened = {ShardSet.open(path, cache): weight for path, weight in config.data.weights.items()}
+    maker, key = ("prepare", "encode.input") if config.data.latents == "online" else ("encode", "data.path")
+    with made_by(maker, "data.mixture" if config.data.mixture else key):
+        opened = {ShardSet.open(path, cache): weight for path, weight in config.data.weights.items()}
     sources: dict[SampleSource, float] = dict(opened.items())
     digests = {shards.address: shards.digests for shards in opened}
     if config.data.latents == "online":

@@ -76,5 +76,6 @@ def table(report: dict[str, Any]) -> str:
         )
     lines.append(f"{report['samples']:,} samples, {report['unfit']:,} fit no bucket")
     if report["empty"]:
-        lines.append(f"warning: {len(report['empty'])} buckets are empty: {', '.join(report['empty'][:8])}")
+        more = ", ..." if len(report["empty"]) > 8 else ""
+        lines.append(f"warning: {len(report['empty'])} buckets are empty: {', '.join(report['empty'][:8])}{more}")
     return "\n".join(lines)

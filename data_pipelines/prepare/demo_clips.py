@@ -166,7 +166,7 @@ def draw_clip(shape: str, colour: str, towards: str, height: int, width: int, fr
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m data_pipelines.prepare.demo_clips DIR", file=sys.stderr)
         return 2
     print(demo_clips(Path(sys.argv[1])))

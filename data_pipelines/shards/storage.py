@@ -20,7 +20,7 @@ import fsspec
 import pyarrow as pa
 import xxhash
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, MissingData
 from data_pipelines.names import is_safe
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class Directory:
 
     def names(self) -> list[str]:
         if not self.path.is_dir():
-            raise DataError(f"{self.path}: no such directory")
+            raise MissingData(f"{self.path}: no such directory")
         return sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
 
     def read(self, name: str) -> bytes:

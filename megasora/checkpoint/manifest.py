@@ -107,7 +107,10 @@ def read_manifest(directory: Place) -> Manifest:
     try:
         raw = (directory / MANIFEST).read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{directory / MANIFEST}: missing, so this is no complete checkpoint") from None
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory") from None
+        hint = f"; a run's lie in {directory / 'checkpoints'}" if (directory / "checkpoints").is_dir() else ""
+        raise CheckpointError(f"{directory / MANIFEST}: missing, so this is no complete checkpoint{hint}") from None
     except Exception as error:  # clients of object stores have errors of their own
         raise CheckpointError(f"{directory / MANIFEST}: cannot be read: {reason(error)}") from error
     try:

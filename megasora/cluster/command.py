@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ def megasora(*words: str, nproc: int = 0) -> list[str]:
 def outcome(command: Sequence[str], threads: int = 0) -> dict[str, Any]:
     """A command's exit code, seconds and JSON; of one that failed its last line, of one that prints no JSON its text. It does not
     take itself for a worker of this process's launcher, and has `threads` for each of its own unless the environment says."""
-    log.info("%s", " ".join(command[1:]))
+    log.info("%s", shlex.join(command).partition(" -m ")[2])
     begin = time.monotonic()
     alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHER)}
     if threads:

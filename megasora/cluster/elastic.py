@@ -33,7 +33,7 @@ def layouts_by_nodes(text: str, nodes: int, least: int, nproc: int, global_batch
     found = {count: shrunken_layout(layout, count * nproc, global_batch) for count in range(nodes, least - 1, -1)}
     if found[nodes] is None:
         raise ConfigError(
-            f"data.global_batch={global_batch}: {layout.dp} data-parallel ranks share it evenly; "
+            f"data.global_batch={global_batch}: {layout.dp} data-parallel ranks must share it evenly; "
             f"nearest is {max(1, round(global_batch / layout.dp)) * layout.dp}"
         )
     return {count: str(layout) for count, layout in found.items() if layout is not None}

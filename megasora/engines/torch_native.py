@@ -181,7 +181,7 @@ class TorchNative:
         self.parameters = dict(model.named_parameters())
         self.shards = OptimizerShards(self.parameters, processes.replicas) if layout.zero == 1 else None
         self.owned = self.shards.owned if self.shards else self.parameters  # what this rank updates
-        self.optimizers = build_optimizers(self.owned, optim, processes.peers)
+        self.optimizers = build_optimizers(self.owned, optim, processes.peers if optim.name == "muon" else None)
         self.ema = {name: p.detach().clone() for name, p in self.owned.items()} if optim.ema else {}
 
     def forward_backward(self, rows: Sequence[Row], loss: Callable[[Answering, Row], Tensor]) -> Tensor:

@@ -17,6 +17,13 @@ def start_logging(run: Path | None, rank: int) -> None:
         log.addHandler(console)
     if run is not None:
         (run / "logs").mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(run / "logs" / f"rank-{rank:05d}.log")
+        file = _RankLog(run / "logs" / f"rank-{rank:05d}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
+
+
+class _RankLog(logging.FileHandler):
+    """A full disk costs its lines, without a traceback on stderr for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass

@@ -33,7 +33,8 @@ class Progress:
         if now - self.spoke >= self.SECONDS or done == total:
             self.spoke = now
             left = (now - self.begin) / done * (total - done) if done else 0.0
-            print(f"{self.name}: {done}/{total} {what} (about {left:.0f} s left)", file=sys.stderr, flush=True)
+            soon = f"about {left:.0f} s left" if done < total else f"{now - self.begin:.0f} s"
+            print(f"{self.name}: {done}/{total} {what} ({soon})".replace("  ", " "), file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

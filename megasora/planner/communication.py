@@ -2,7 +2,8 @@
 
 Tensor parallelism and context parallelism speak in every block (tape.py). ZeRO and DDP speak of weights and gradients: zero2
 gathers a block's weights once a step, zero3 twice a row, both reduce-scatter its gradients once a step (parallel/zero.py,
-FSDP2). Muon gathers each matrix that is sharded (engines/muon.py).
+FSDP2). Muon gathers each matrix that is sharded, and one rank hands round what it made of it
+(engines/muon.py).
 """
 
 from collections.abc import Sequence
@@ -94,8 +95,10 @@ def gradients(job: Job, stage: Stage, place: int) -> list[Collective]:
 
 
 def orthogonalised(job: Job, stage: Stage) -> list[Collective]:
-    """What Muon gathers: over one axis and then over the other what both divide, by the order of its placements."""
+    """What Muon gathers, over one axis and then over the other what both divide, by the order of its placements; and what it
+    hands round."""
     tp, shards, axis = job.layout.tp, job.shards, "data" if job.layout.zero == 1 else "shard"
+    peers = job.layout.world // job.layout.pp
     found = []
     for p in stage.parameters(job.model) if job.optim.name == "muon" else ():
         if not p.is_hidden_matrix:
@@ -107,6 +110,8 @@ def orthogonalised(job: Job, stage: Stage) -> list[Collective]:
             found.append(Collective("all_gather", axis, shards, mine * (1 if first > 1 else over_tp), 1))
         if over_tp > 1:
             found.append(Collective("all_gather", "tp", tp, mine * first, 1))
+        if peers > 1:
+            found.append(Collective("broadcast", "peers", peers, p.count * FLOAT, 1))
     return found
 
 

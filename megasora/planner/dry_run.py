@@ -226,6 +226,8 @@ def ranks_of(axis: str, group: Processes) -> tuple[int, ...]:
     if axis in ("ulysses", "ring"):
         context = group.contexts[group.layout.cp]
         return tuple(dist.get_process_group_ranks(context.ulysses if axis == "ulysses" else context.ring))
+    if axis == "peers":
+        return tuple(dist.get_process_group_ranks(group.peers)) if group.peers else (group.rank,)
     meshes = {"tp": lambda: group.mesh["tp"], "pp": lambda: group.mesh["pp"], "data": lambda: group.replicas}
     if axis in meshes:
         return tuple(dist.get_process_group_ranks(meshes[axis]().get_group()))
@@ -271,7 +273,7 @@ def fake_processes(job: Job, rank: int, device: str = "cpu") -> Iterator[Process
         shape = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=AXES)
         group = Processes(rank, layout.world, torch.device(device), layout, mesh)
-        for axis in ("shard", "data", "tp", "pp", *(("ulysses",) if layout.cp > 1 else ())):
+        for axis in ("shard", "data", "tp", "pp", "peers", *(("ulysses",) if layout.cp > 1 else ())):
             ranks_of(axis, group)  # meshes are cut now, for that too reads ranks
         if layout.pp > 1:
             assert group.pipeline

@@ -54,7 +54,8 @@ class Mixture:
         if self.global_batch % layout.dp:
             nearest = max(1, round(self.global_batch / layout.dp)) * layout.dp
             raise ConfigError(
-                f"data.global_batch={self.global_batch}: {layout.dp} data-parallel ranks share it evenly; nearest is {nearest}"
+                f"data.global_batch={self.global_batch}: {layout.dp} data-parallel ranks must share it evenly; "
+                f"nearest is {nearest}"
             )
         key = layout.dp, meeting(layout), tuple(layout.widths) if layout.dynamic else ()
         if key not in self.known:

@@ -21,12 +21,13 @@ from typing import Any
 from megasora.cli import add_config_argument
 from megasora.cluster.command import choices, megasora, outcome
 from megasora.config import load_config
-from megasora.errors import CheckFailed, ConfigError
+from megasora.errors import CheckFailed, ConfigError, check_writable
 from megasora.observe.bench_page import Point, bench_page, read_points, side_by_side, trend_page
 from megasora.observe.logs import log, start_logging
 from megasora.observe.regression import check_rounds, compare, read_result
 from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import rank
+from megasora.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if config.bench.against:
         old = read_result(config.bench.against)
         check_rounds(old, min(config.bench.rounds, config.bench.steps))
+    check_outputs(config, args)
     result = bench(config, synthetic=args.data == "synthetic")
     if rank() == 0:
         print(json.dumps(result) if args.json else table(result))
@@ -75,17 +77,29 @@ def run(args: argparse.Namespace) -> None:
         log.info("%s", compare(result, old, config.bench.against, config.bench.tolerance))
 
 
+def check_outputs(config: Config, args: argparse.Namespace) -> None:
+    """What cannot be written is known before the measuring, not after it."""
+    for key, file in (("bench.output", config.bench.output), ("--html", args.html or "")):
+        if file and rank() == 0:
+            check_writable(f"{key}={file}", Path(file))
+
+
 def sweep(args: argparse.Namespace) -> None:
     """Every point in processes of its own. One that fails is told with its reason, and the others go on."""
     if "RANK" in os.environ:
         raise ConfigError("bench: --sweep starts its own processes; run it without a launcher")
     from megasora.bench import SCHEMA
 
+    if args.rounds < 1:
+        raise ConfigError(f"bench: --rounds={args.rounds}: at least 1")
     points = choices(args.sweep)
+    check_outputs(load_config(args.config, args.overrides), args)
+    for point in points:  # what is misspelt is known before anything is measured
+        parse_layout(load_config(args.config, [*args.overrides, *point]).parallel.layout)
     results: dict[tuple[str, ...], list[dict[str, Any]]] = {point: [] for point in points}
     for number in range(args.rounds):
-        for point in points:
-            log.info("round %d of %d", number + 1, args.rounds)
+        for place, point in enumerate(points):
+            log.info("round %d of %d, point %d of %d", number + 1, args.rounds, place + 1, len(points))
             results[point].append(measure(args, point))
     found = [Point(name_of(point), fastest(results[point])) for point in points]
     text = json.dumps({"schema": SCHEMA, "sweep": args.sweep, "points": [vars(point) for point in found]})
@@ -101,11 +115,7 @@ def sweep(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace, point: Sequence[str]) -> dict[str, Any]:
     """The result of one point, or its `error`."""
     words = [f"--data={args.data}", "--json", *args.overrides, *point, "--bench.output="]
-    try:
-        config = load_config(args.config, [*args.overrides, *point])
-        world = parse_layout(config.parallel.layout).world
-    except ConfigError as error:
-        return {"error": str(error)}
+    world = parse_layout(load_config(args.config, [*args.overrides, *point]).parallel.layout).world
     threads = max(1, (os.cpu_count() or 1) // world)
     done = outcome(megasora("bench", "--config", str(args.config), *words, nproc=world), threads)
     return {"error": done["error"].removeprefix("megasora: ")} if done["exit"] else dict(done["result"])

@@ -13,6 +13,7 @@ from data_pipelines.buckets import Bucket
 from data_pipelines.shards.tars import ShardSet
 from megasora.cli import add_config_argument
 from megasora.config import load_config
+from megasora.errors import made_by
 from megasora.microbatch import patches_of, tokens_of
 from megasora.models.flops import training_flops
 from megasora.schema import Config, Stage
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    shards = ShardSet.open(config.encode.input, config.data.cache_config())
+    with made_by("prepare", "encode.input"):
+        shards = ShardSet.open(config.encode.input, config.data.cache_config())
     reports = {stage.name: report_of(config, stage, shards) for stage in config.stages}
     if args.json:
         print(json.dumps(reports))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megasora.checkpoint.directory import CheckpointInfo, describe, list_checkpoints
 from megasora.checkpoint.manifest import MANIFEST, Place, Problem, damage, place_of, verify
 from megasora.cli import taught
-from megasora.errors import CheckFailed, CheckpointError, ConfigError
+from megasora.errors import CheckFailed, CheckpointError, ConfigError, writing
 
 LS = """Lists the checkpoints of a run: step, size, layout, age, and whether each is complete.
 
@@ -103,9 +103,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs the sub-command. CheckpointError for damage, or for nothing to look at; CheckFailed where two differ."""
     if args.overrides:
         raise ConfigError(f"ckpt: {args.overrides[0]} is no option of `ckpt {args.action}`")
-    {"ls": look, "verify": look, "convert": convert, "export": export, "diff": diff, "average": average}[args.action](
-        args
-    )
+    actions = {"ls": look, "verify": look, "convert": convert, "export": export, "diff": diff, "average": average}
+    with writing(f"{args.output}" if "output" in args else f"ckpt {args.action}"):
+        actions[args.action](args)
 
 
 def look(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from megasora.cluster.signals import ended_by_warning
 from megasora.config import load_config
 from megasora.device import pick_device
 from megasora.encoders import NULL_TEXT, make_encoders, null_text_bytes, open_stage, open_text, text_directory
+from megasora.errors import made_by, writing
 from megasora.models.text import SmallTextEncoder, TextEncoder
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
@@ -46,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank())
-    with ended_by_warning():
+    with ended_by_warning(), writing(f"encode.output={config.encode.output}"):
         report = encode(config)
     if args.json and rank() == 0:
         print(json.dumps(report))
     speed = report["speed"]
-    log.info("latents %s, dropped %s -> %s", report["kept"], report["dropped"], config.encode.output)
+    kept, dropped = (", ".join(f"{name} {n}" for name, n in report[part].items()) for part in ("kept", "dropped"))
+    log.info("latents %s, dropped %s -> %s", kept, dropped or "none", config.encode.output)
     log.info("%s; this process made %d of %d shards at %s frames/s, %.0f %% of the time waiting for decode",
              describe(report), speed["shards"], report["shards"], speed["frames_per_second"],
              100 * speed["waiting_for_decode"])  # fmt: skip
@@ -60,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
 def encode(config: Config) -> dict[str, Any]:
     """Encodes shards until all are there, beside other processes that do the same; returns the report."""
     settings = config.encode
-    source, output = ShardSet.open(settings.input), Path(settings.output)
+    with made_by("prepare", "encode.input"):
+        source, output = ShardSet.open(settings.input), Path(settings.output)
     device = pick_device()
     vae = open_stage(settings, device)
     text = find_text(config, source, output, device)

@@ -18,7 +18,7 @@ from megasora.cluster.command import choices
 from megasora.cluster.elastic import layouts_by_nodes
 from megasora.cluster.slurm import SLURM_VERBS, Job, check_numbers, render, submit
 from megasora.config import load_config, to_dict
-from megasora.errors import ConfigError
+from megasora.errors import ConfigError, writing
 from megasora.parallel.layout import parse_layout
 from megasora.schema import Config
 
@@ -26,6 +26,8 @@ SHARED = ("train", "bench", "doctor")  # verbs whose processes work together; th
 ALONE = ("prepare", "parity", "doctor", "accept", "train-vae")  # verbs that want one process a node
 CHECKS = ("parity", "doctor", "accept")  # verbs that fail by finding something: again they would find it again
 ARRAYS = ("prepare", "encode")  # verbs whose tasks share the work without meeting
+
+TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE")  # as sbatch reads it
 
 
 def launch_slurm(args: argparse.Namespace) -> None:
@@ -40,8 +42,9 @@ def launch_slurm(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(script, end="")
         return
-    keep(snapshot, script, args, configs)
-    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with writing(f"run.dir={run}"):
+        keep(snapshot, script, args, configs)
+        job.log.parent.mkdir(parents=True, exist_ok=True)
     try:
         ids = [submit(snapshot / "job.sbatch") for _ in range(args.chain)]
     except ConfigError:
@@ -63,6 +66,8 @@ def check(args: argparse.Namespace) -> None:
                   ("--min-nodes", args.min_nodes, 0), ("--array", args.array, 0), ("--chain", args.chain, 1),
                   ("--warning", args.warning, 1), ("--max-restarts", args.max_restarts, 0),
                   ("--stall", args.stall, 0))  # fmt: skip
+    if not TIME.fullmatch(args.time):
+        raise ConfigError(f"launch: --time={args.time}: D-HH:MM:SS, HH:MM:SS or minutes are expected")
     if args.min_nodes > args.nodes:
         raise ConfigError(f"launch: --min-nodes={args.min_nodes}: at most --nodes={args.nodes}")
     if args.min_nodes and args.verb != "train":

@@ -20,6 +20,7 @@ from data_pipelines.prepare.run import prepare
 from megasora.cli import add_config_argument
 from megasora.cluster.signals import ended_by_warning
 from megasora.config import load_config
+from megasora.errors import writing
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
 
@@ -32,11 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank=0)
-    with Progress("prepare") as progress, ended_by_warning():
+    output = f"prepare.output={config.prepare.output}"
+    with Progress("prepare") as progress, ended_by_warning(), writing(output):
         report = prepare(config.prepare, progress)
     if args.json:
         print(json.dumps(report))
     if report["left_to_others"]:
         log.info("done; %d parts are left to other machines, the last writes the output", report["left_to_others"])
     else:
-        log.info("kept %s, dropped %s -> %s", report["kept"], report["dropped"], config.prepare.output)
+        dropped = ", ".join(f"{reason} {count}" for reason, count in report["dropped"].items())
+        log.info("kept %d clips and images of %d files, dropped %s -> %s", report["kept"], report["sources"],
+                 f"{dropped} (see report.json)" if dropped else "none", config.prepare.output)  # fmt: skip

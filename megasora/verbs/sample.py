@@ -25,7 +25,7 @@ from megasora.config import load_config
 from megasora.device import pick_device
 from megasora.encoders import open_encoders
 from megasora.engines.torch_native import EngineConfig
-from megasora.errors import CheckpointError, ConfigError
+from megasora.errors import CheckpointError, ConfigError, writing
 from megasora.models.families import build_model, chunk_of
 from megasora.models.first_stage import FirstStage
 from megasora.observe.hardware import peak_memory
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     start_logging(None, rank())
     begin = time.perf_counter()
-    files = sample(config)
+    with writing(f"sample.output={config.sample.output or config.run.dir + '/samples'}"):
+        files = sample(config)
     if args.json and rank() == 0:
         seconds, memory = round(time.perf_counter() - begin, 3), peak_memory(pick_device())
         print(json.dumps({"files": [str(file) for file in files], "seconds": seconds, "peak_memory_bytes": memory}))

@@ -12,6 +12,7 @@ import argparse
 
 from megasora.cli import add_config_argument
 from megasora.config import load_config
+from megasora.errors import writing
 from megasora.trainer import train
 
 
@@ -23,4 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    train(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    with writing(f"run.dir={config.run.dir}"):
+        train(config)

@@ -26,7 +26,7 @@ from data_pipelines.video.reader import Undecodable
 from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.device import pick_device
-from megasora.errors import ConfigError
+from megasora.errors import ConfigError, made_by, writing
 from megasora.models.vae import VideoVAE
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
@@ -45,10 +45,14 @@ def run(args: argparse.Namespace) -> None:
     start_logging(None, rank=0)
     check_crops(config)
     wanted = config.train_vae
-    clips = RandomCrops(ShardSet.open(Path(config.encode.input)), wanted.size, wanted.seed)
+    with made_by("prepare", "encode.input"):
+        clips = RandomCrops(ShardSet.open(Path(config.encode.input)), wanted.size, wanted.seed)
     held_out = (
         RandomCrops(ShardSet.open(Path(wanted.eval_input)), wanted.size, wanted.seed) if wanted.eval_input else clips
     )
+    output = f"encode.vae={config.encode.vae}"
+    with writing(output):  # known before the training, not after it
+        Path(config.encode.vae).mkdir(parents=True, exist_ok=True)
     if not wanted.lpips:
         log.info("train_vae.lpips is empty: the perceptual loss is off (no weights of LPIPS come with this package)")
     torch.manual_seed(fold(wanted.seed, "vae"))
@@ -62,11 +66,13 @@ def run(args: argparse.Namespace) -> None:
                 log.info("step %d: %s", step, line)
 
         metrics = train_vae(vae, clips, wanted, report, held_out)
-    vae.save(Path(config.encode.vae))
+    with writing(output):
+        vae.save(Path(config.encode.vae))
     if args.json:
         print(json.dumps(metrics))
     skipped = f", {len(clips.bad)} unreadable samples skipped" if clips.bad else ""
-    log.info("%s%s -> %s", {name: round(value, 3) for name, value in metrics.items()}, skipped, config.encode.vae)
+    found = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    log.info("%s%s -> %s", found, skipped, config.encode.vae)
 
 
 def check_crops(config: Config) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from megasora.cli import parse_verb
 from megasora.config import load_config
+from megasora.models.video_dit import VideoDiTConfig
 from tests.integration.conftest import ROOT, Road, environment
 from tests.slurm import Cluster
 
@@ -29,6 +30,9 @@ def place(road: Road, tmp_path: Path) -> Path:
     """A directory in which a reader could be: configs/demo.yaml is there, with data of this machine."""
     config = yaml.safe_load(road.config.read_text()) | QUICK
     config["run"] = config["run"] | {"dir": "runs/demo"}
+    demo = load_config(ROOT / "configs/demo.yaml", []).model
+    assert isinstance(demo, VideoDiTConfig)
+    config["model"] = config["model"] | {"position": demo.position}  # smaller, but not another model than the reader's
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/demo.yaml").write_text(yaml.safe_dump(config))
     return tmp_path

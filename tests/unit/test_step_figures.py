@@ -41,7 +41,7 @@ SHAPES = ((4, 16, 16), (8, 16, 12), (1, 16, 24))  # of patches, for compiled blo
 
 
 def job_of(layout: str, depth: int, shape: tuple[int, int, int] = SHAPES[0]) -> Job:
-    config = load_config(None, [f"--model.depth={depth}"])
+    config = load_config(None, [f"--model.depth={depth}", "--model.attention=sdpa"])  # as on a GPU
     T, H, W = shape
     return Job(
         model=config.model, layout=parse_layout(layout), row=Row(((shape, 32),), T * H * W), rows=1, precision="bf16",
