@@ -6,6 +6,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from megasora.device import on_gpu
@@ -20,7 +21,8 @@ def living(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     gc.collect()
     kinds = ((one, type(one)) for one in gc.get_objects())  # isinstance would ask the objects, and some of them warn
-    tensors = (one for one, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, DTensor | Pieces))
+    hollow = DTensor | Pieces | FakeTensor  # what they hold is seen by itself, and torch.compile's fakes hold nothing
+    tensors = (one for one, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, hollow))
     return sum(storages(tensors).values())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megasora.engines.fragments import WHOLE, in_pieces
 from megasora.observe import energy
@@ -28,6 +29,10 @@ def test_what_lives_is_found_until_it_is_gone() -> None:
     assert living(CPU) - before == pytest.approx(4e6, abs=1e5)
     del kept
     assert living(CPU) - before == pytest.approx(0, abs=1e5)
+    with FakeTensorMode():  # as torch.compile keeps some
+        fake = torch.zeros(1000, 1000)
+    assert living(CPU) - before == pytest.approx(0, abs=1e5)
+    del fake
 
 
 def test_parts_share_nothing() -> None:
