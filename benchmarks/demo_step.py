@@ -4,8 +4,8 @@
 
 Start-up is from the start of the launcher to the end of the first step. A step's wall time is from one line of metrics.jsonl to
 the next, so that what the trainer does around its parts counts; `overhead` is all but forward, backward, clipping and update.
-The largest costs are those that `--profile.steps` writes, in a run of its own. `start_up_compiled_s` is of compiled blocks, with an
-empty cache and again.
+The largest costs are those that `--profile.steps` writes, in a run of its own. `start_up_compiled_s` is of compiled blocks,
+with an empty cache and again.
 """
 
 import argparse
