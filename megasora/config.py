@@ -58,8 +58,9 @@ def parse_config(raw: dict[str, Any]) -> Config:
         raise ConfigError(f"the numbers of the config do not fit together: {error}") from None
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """One YAML file merged over its `base:` (a path beside it): mappings merge, everything else replaces."""
+def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file merged over its `base:` (a path beside it): mappings merge, everything else replaces. `above`: the files that
+    lie over this one."""
     try:
         raw = yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:
@@ -74,9 +75,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if base is None:
         return raw
     parent = (file.parent / str(base)).resolve()
-    if parent == file.resolve():
-        raise ConfigError(f"base={base}: {file} names itself")
-    return _merge(read_yaml(parent), raw)
+    above = (*above, file.resolve())
+    if parent in above:
+        raise ConfigError(f"base={base}: {file} names a file that lies over it")
+    return _merge(read_yaml(parent, above), raw)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

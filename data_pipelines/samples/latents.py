@@ -4,6 +4,7 @@ that neither they nor the source have changed since."""
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
 from data_pipelines.buckets import Bucket, BucketConfig, buckets_of
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.shards.index import Row
+from data_pipelines.shards.index import KEY, Row
 from data_pipelines.shards.storage import Storage
 from data_pipelines.shards.tars import ShardSet
 from data_pipelines.shards.tensors import tensors_in
@@ -143,10 +145,17 @@ def latent_sample(
     if row.scores:
         facts["scores"] = row.scores
     return {
-        "__key__": f"{row.key}-{bucket.height}x{bucket.width}",
+        "__key__": f"{ours(row.key)}-{bucket.height}x{bucket.width}",
         "json": facts,
         "safetensors": save({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}),
     }
+
+
+def ours(key: str) -> str:
+    """A key that `ShardFile.write` takes, of one that others gave: the same where it can be, unlike any other's where not."""
+    if KEY.fullmatch(key):
+        return key
+    return f"{re.sub(r'[^0-9A-Za-z_-]+', '-', key).strip('-')[:60] or 'sample'}-{xxhash.xxh3_64_hexdigest(key.encode())[:8]}"
 
 
 def describe_buckets(configs: list[BucketConfig]) -> list[dict[str, Any]]:

@@ -132,7 +132,8 @@ class PublishedVAE(nn.Module):
         except ImportError:
             raise ConfigError(f"encode.vae: {kind} needs diffusers: pip install 'megasora[encoders]'") from None
         load = getattr(diffusers, kind).from_pretrained
-        self.model = load(directory, local_files_only=True, torch_dtype=torch.float32).eval().requires_grad_(False)
+        given = load(directory, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32)
+        self.model = given.eval().requires_grad_(False)
         read, self._encode, self._decode = PUBLISHED[kind]
         facts = read(self.model.config)
         self.compression, self.latent_channels = facts.compression, len(facts.mean)

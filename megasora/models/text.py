@@ -247,7 +247,9 @@ def open_model(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, report = kind.from_pretrained(directory, local_files_only=True, dtype=dtype, output_loading_info=True)
+        model, report = kind.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"encode.text: {directory}: {' '.join(str(error).split())}") from None
     finally:

@@ -135,6 +135,13 @@ def test_the_vaes_preset_is_its_compression() -> None:
     assert (config.vae.compression, config.vae.width) == ((8, 32, 32), 8)
 
 
+def test_bases_that_go_round_are_named(tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "c"), ("c", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    with pytest.raises(ConfigError, match=r"base=a.yaml: .*c.yaml names a file that lies over it"):
+        load_config(tmp_path / "a.yaml", [])
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "optim: [", "optim: null", "base: missing.yaml", "base: run.yaml"])
 def test_bad_files_are_one_line_with_the_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)

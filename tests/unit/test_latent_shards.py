@@ -1,7 +1,9 @@
 """Latent shards: what goes into them and comes out, whoever makes them."""
 
+import io
 import json
 import os
+import tarfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -41,6 +43,7 @@ from data_pipelines.samples.latents import (
     read_latent,
     read_manifest,
 )
+from data_pipelines.shards.index import index_directory
 from data_pipelines.shards.storage import Directory
 from data_pipelines.shards.tars import ShardSet, ShardWriter
 from data_pipelines.workers import WorkerDied
@@ -137,6 +140,22 @@ def test_every_size_of_a_sample_is_encoded_and_stands_beside_the_others(source: 
     assert report["dropped"]["fits no bucket"] == 1
     assert sum(report["dropped"].values()) == 2
     assert sum(report["kept"].values()) == len(latents) == 16
+
+
+def test_keys_of_others_become_ours(source: ShardSet, tmp_path: Path) -> None:
+    """As in tars that tar itself made: a dot and a slash first, spaces, no ASCII, the same but for those."""
+    keys = ["./a clip", "./a_clip", "./ä clip", "./ü clip"]
+    with tarfile.open(tmp_path / "others.tar", "w") as tar:
+        for key in keys:
+            for suffix, content in {"mp4": source.read(0)["mp4"], "txt": key.encode()}.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(bytes(content)))
+    index_directory(Directory(tmp_path), quiet)
+    encode_shards(ShardSet.open(tmp_path), tmp_path / "latents", BUCKETS, toy_encoders(), quiet)
+    latents = ShardSet.open(tmp_path / "latents")
+    assert {json.loads(latents.read(i)["json"])["source"] for i in range(len(latents))} == set(keys)
+    assert len({latents.key(i) for i in range(len(latents))}) == len(latents) == 2 * len(keys)
 
 
 def test_broken_samples_are_named(source: ShardSet, tmp_path: Path) -> None:
