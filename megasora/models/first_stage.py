@@ -92,6 +92,6 @@ def open_first_stage(path: str, device: torch.device | str = "cpu") -> FirstStag
         if kind in PUBLISHED:
             return PublishedVAE(directory, kind).to(device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise ConfigError(f"encode.vae={path}: no VAE here ({reason}); run `megasora train-vae` first") from None
     raise ConfigError(f"encode.vae={path}: a {kind}; known are {', '.join(PUBLISHED)}, our own, and the word {PIXELS}")

@@ -1,6 +1,7 @@
 """Logging: every process into its own file of the run directory, the main one also to stderr."""
 
 import logging
+import warnings
 from pathlib import Path
 
 log = logging.getLogger("megasora")
@@ -8,6 +9,10 @@ log = logging.getLogger("megasora")
 
 def start_logging(run: Path | None, rank: int) -> None:
     """Sends `log` to stderr on rank 0 and, given a run directory, to logs/rank-XXXXX.log on every rank."""
+    # Their successors came with torch 2.13; NVIDIA's images are older.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    )
     log.setLevel(logging.INFO)
     log.propagate = False
     log.handlers.clear()
