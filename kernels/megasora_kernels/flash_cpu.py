@@ -139,8 +139,8 @@ def _forward_flops(q: Sizes, k: Sizes, v: Sizes, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.megasora_kernels.flash_cpu_backward)
 def _backward_flops(_grad: Sizes, q: Sizes, k: Sizes, *_rest: Sizes, **_: Any) -> int:
-    """As torch counts its own: with the logits, which are computed again."""
-    return 5 * _forward_flops(q, k, k) // 2
+    """Of the gradients; the logits, which are computed again, do not count, as in MFU."""
+    return 2 * _forward_flops(q, k, k)
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,11 +63,16 @@ class ChosenAttention:
         """Whose kernels (`FLASH`) a ring of ranks and compiled blocks call for such queries: torch's for 32 bits on a GPU, and
         where a library keeps its logarithms for itself."""
         if self.name == "cpu":
-            if (reason := cannot_build()) and self.forced:
-                raise ConfigError(f"model.attention=cpu: {reason}, or use auto")
-            return "sdpa" if reason or q.dtype not in CPU_TYPES else "cpu"
+            return "cpu" if q.dtype in CPU_TYPES and self.cpu_ready() else "sdpa"
         here = (q.dtype != torch.float32 or self.forced) and self.name in FLASH
         return self.name if here else "sdpa"
+
+    def cpu_ready(self) -> bool:
+        """Whether our kernels for CPUs are to be had, which may compile them. Raises ConfigError where they are asked for."""
+        reason = cannot_build()
+        if reason and self.forced:
+            raise ConfigError(f"model.attention=cpu: {reason}, or use auto")
+        return not reason
 
 
 @cache

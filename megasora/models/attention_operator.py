@@ -33,11 +33,16 @@ class AttentionOperator(ChosenAttention):
         assert not isinstance(keys, Order)
         return packed_attention(q, k, v, queries.spans, keys.spans, isinstance(keys, Windows), self.kernels(q))[0]
 
+    def cpu_ready(self) -> bool:
+        """`as_operator` has asked: a graph cannot."""
+        return True
+
 
 def as_operator(attention: Attention) -> Attention:
     """The same as operators."""
     assert isinstance(attention, ChosenAttention)
-    return AttentionOperator(attention.name, attention.forced)
+    name = "sdpa" if attention.name == "cpu" and not attention.cpu_ready() else attention.name
+    return AttentionOperator(name, attention.forced)
 
 
 def members(queries: Tensor, keys: Tensor, windows: bool) -> Iterator[tuple[int, Span]]:

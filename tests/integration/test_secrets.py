@@ -75,7 +75,9 @@ def test_a_run_and_what_is_made_of_it(road: Road) -> None:
 
 def test_a_crash_leaves_no_secret_behind(road: Road) -> None:
     run = road.directory / "secret-crash"
-    (run / "config.yaml").mkdir(parents=True)  # nothing foresees that
+    run.mkdir()
+    for name in ("events.jsonl", "metrics.jsonl"):
+        (run / name).write_text("[1]\n")  # nothing foresees that
     words = ["train", "--config", str(road.config), f"--run.dir={run}"]
     said = megasora(["launch", "local", "--nproc", "2", *words], road.directory, 1)
     assert "Traceback" in said
