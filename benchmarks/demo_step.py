@@ -39,7 +39,7 @@ def train(run: Path, steps: int, overrides: list[str], cache: Path | None = None
                f"--run.dir={run}", "--eval.every=0", "--checkpoint.every=1000", *stages, *overrides]  # fmt: skip
     begin = time.time()
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"TORCHINDUCTOR_CACHE_DIR": str(cache)} if cache else {})
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=env)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     return round(history(run)[0]["time"] - begin, 2)
 
 
