@@ -62,9 +62,12 @@ def state(output: Path) -> str:
     work = next(output.parent.glob(f".{output.name}.*.partial"), None)
     if work is None:
         return "not begun"
-    if any((work / "shards").iterdir()):
-        return "shards"
-    return "pieces" if any((work / "pieces").iterdir()) else "begun"
+    try:
+        if any((work / "shards").iterdir()):
+            return "shards"
+        return "pieces" if any((work / "pieces").iterdir()) else "begun"
+    except FileNotFoundError:  # it is being made, or was renamed at this very instant
+        return "done" if output.exists() else "begun"
 
 
 def kill_and_go_on(directory: Path) -> str:
@@ -82,10 +85,15 @@ def kill_and_go_on(directory: Path) -> str:
     assert content(directory / "again") == whole
     rng, states = random.Random(4), Counter()
     output = directory / "killed"
-    for _ in range(KILLS):
+    for number in range(KILLS):
         while True:  # killed once at least, and as long as dice say
             child = start(replace(config, output=str(output)))
-            time.sleep(rng.uniform(0, seconds))
+            wait = time.monotonic() + rng.uniform(0, seconds)
+            aimed = number % 4 == 0  # the last part is short: at that, too
+            while state(output) != "shards" if aimed else time.monotonic() < wait:
+                if aimed and state(output) == "done":
+                    break
+                time.sleep(0.0005)
             os.kill(child, signal.SIGKILL)
             end(child)
             states[state(output)] += 1
