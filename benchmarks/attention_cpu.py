@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: i
     k, v = (torch.randn(n, M, N, K).to(dtype) for _ in range(2))
     a, b = torch.randn(PRODUCT[0], PRODUCT[1]).to(dtype), torch.randn(PRODUCT[2], PRODUCT[1]).to(dtype)
     known = {name: FLASH[name].forward(q, k, v) for name in ("cpu", "sdpa")}
-    work: dict[str, Callable[[], Any]] = {"product": lambda: torch.nn.functional.linear(a, b)}
+    work: dict[str, Callable[[], Any]] = {"product": partial(torch.nn.functional.linear, a, b)}
     for name, outs in known.items():
-        work[f"{name} forward"] = lambda name=name: FLASH[name].forward(q, k, v)  # type: ignore[misc]
-        work[f"{name} backward"] = lambda name=name, outs=outs: FLASH[name].backward(grad, q, k, v, *outs)  # type: ignore[misc]
+        work[f"{name} forward"] = partial(FLASH[name].forward, q, k, v)
+        work[f"{name} backward"] = partial(FLASH[name].backward, grad, q, k, v, *outs)
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, call in work.items():

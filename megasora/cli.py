@@ -77,7 +77,8 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         with contextlib.suppress(OSError):  # the disk of the log may be the one that is full
             _leave_word(error)
-        if (reason := not_written(error)) is None:
+        # A worker's launcher is to see it die, not to read a verdict: on another node, or later, it may well go on.
+        if (reason := not_written(error)) is None or "RANK" in os.environ:
             raise
         print(f"megasora: {reason}", file=sys.stderr)
         return NotWritable.exit_code

@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ def library() -> ctypes.CDLL:
         raise CannotBuild(reason)
     cxx = compiler()
     assert cxx is not None
-    directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")) / "megasora"
+    try:
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    except RuntimeError:
+        raise CannotBuild("there is no home directory: set TORCH_EXTENSIONS_DIR") from None
+    directory = root / "megasora"
     name = hashlib.sha256(" ".join((cxx, *FLAGS)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     built = directory / f"flash_cpu-{name}.so"
     if not built.exists():
@@ -69,8 +74,12 @@ def library() -> ctypes.CDLL:
         except subprocess.CalledProcessError as error:
             raise CannotBuild(f"{cxx}: {(error.stderr.splitlines() or ['failed'])[0]}") from None
         finally:
-            private.unlink(missing_ok=True)
-    return ctypes.CDLL(str(built))
+            with suppress(OSError):
+                private.unlink(missing_ok=True)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:  # nothing may be run from there, or it was built on another system
+        raise CannotBuild(str(error)) from None
 
 
 def _call(name: str, q: Tensor, *tensors: Tensor, shape: tuple[int, ...], scale: float) -> None:
@@ -165,5 +174,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q [n, L, N, K], k and v [n, M, N, K], M > 0, do not fit: {[*map(list, (q.shape, k.shape, v.shape))]}"
         )
+    if q.is_cuda:
+        raise ValueError("q, k and v must be on a CPU")
     if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must be all bfloat16 or all float32, not {q.dtype}, {k.dtype}, {v.dtype}")

@@ -77,7 +77,8 @@ def packed_attention(
     zeros."""
     flash = FLASH[library]
     if alone := whole_row(q, k, queries, keys, windows):
-        return flattened(flash.forward(*(x.unflatten(0, (alone, -1)) for x in (q, k, v))))  # type: ignore[return-value]
+        out, lse = flattened(flash.forward(*(x.unflatten(0, (alone, -1)) for x in (q, k, v))))
+        return out, lse
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     for n, (a, length, b, width) in members(queries, keys, windows):
         results = [stretch_of(x, a, n, length) for x in (out, lse)]
@@ -96,7 +97,8 @@ def packed_attention_backward(
     """The gradients of q, k and v."""
     flash, grad = FLASH[library], grad.contiguous()
     if alone := whole_row(q, k, queries, keys, windows):
-        return flattened(flash.backward(*(x.unflatten(0, (alone, -1)) for x in (grad, q, k, v, out, lse))))  # type: ignore[return-value]
+        dq, dk, dv = flattened(flash.backward(*(x.unflatten(0, (alone, -1)) for x in (grad, q, k, v, out, lse))))
+        return dq, dk, dv
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for n, (a, length, b, width) in members(queries, keys, windows):
         if length and width:

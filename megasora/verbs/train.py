@@ -12,7 +12,6 @@ import argparse
 
 from megasora.cli import add_config_argument
 from megasora.config import load_config
-from megasora.errors import writing
 from megasora.trainer import train
 
 
@@ -24,6 +23,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
-    with writing(f"run.dir={config.run.dir}"):
-        train(config)
+    train(load_config(args.config, args.overrides))

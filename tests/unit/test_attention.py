@@ -1,6 +1,7 @@
 """Which attention is chosen and why, what the libraries' kernels give where they run on a CPU, and their backward with
 partial keys."""
 
+import ctypes
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from megasora_kernels.flash_cpu import cannot_run, library
+from megasora_kernels.flash_cpu import CannotBuild, cannot_run, library
 
 from megasora.errors import ConfigError
 from megasora.models import attention
@@ -112,10 +113,10 @@ def test_torchs_kernels_on_a_cpu_are_exact_in_parts() -> None:
     assert max(errors_in_parts(FLASH["sdpa"], torch.float32, CPU)) < 1e-5
 
 
-bf16_cpu = pytest.mark.skipif(bool(cannot_run()), reason=f"our attention for CPUs was not run: {cannot_run()}")
+cpu_kernels = pytest.mark.skipif(bool(cannot_run()), reason=f"our attention for CPUs was not run: {cannot_run()}")
 
 
-@bf16_cpu
+@cpu_kernels
 @pytest.mark.parametrize(
     "lengths, heads, width",
     [((20, 12, 21), 2, 16), ((97, 300, 1), 3, 64), ((48, 256, 257), 1, 128), ((55, 33, 40), 2, 20), ((1, 1, 1), 1, 80)],
@@ -130,7 +131,7 @@ def test_our_kernels_for_cpus_are_exact_in_parts(lengths: tuple[int, int, int], 
     assert found[1] < 1e-6  # logits are never rounded
 
 
-@bf16_cpu
+@cpu_kernels
 def test_our_kernels_for_cpus_take_large_and_equal_logits() -> None:
     q = 40 * torch.randn(2, 60, 2, 32).bfloat16()
     k, v = torch.randn(2, 400, 2, 32).bfloat16(), torch.randn(2, 400, 2, 32).bfloat16()
@@ -148,7 +149,7 @@ def test_our_kernels_for_cpus_take_large_and_equal_logits() -> None:
     assert all(not t.isnan().any() for t in FLASH["cpu"].backward(one, one, -one, one, *known))
 
 
-@bf16_cpu
+@cpu_kernels
 def test_our_kernels_for_cpus_take_packed_rows_eager_and_as_operators() -> None:
     """Segments, windows and an order, with empty ones among them: outputs and gradients."""
     eager, sdpa = ChosenAttention("cpu", forced=False), ChosenAttention("sdpa", forced=True)
@@ -173,7 +174,7 @@ def test_our_kernels_for_cpus_take_packed_rows_eager_and_as_operators() -> None:
             assert torch.allclose(a.float(), b.float(), atol=0.06, rtol=0.02)
 
 
-@bf16_cpu
+@cpu_kernels
 def test_our_kernels_for_cpus_give_the_same_bits_on_any_number_of_threads() -> None:
     q = torch.randn(2, 130, 3, 32).bfloat16()
     threads, found = torch.get_num_threads(), []
@@ -185,7 +186,7 @@ def test_our_kernels_for_cpus_give_the_same_bits_on_any_number_of_threads() -> N
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@bf16_cpu
+@cpu_kernels
 def test_without_a_compiler_bf16_is_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     q, whole = torch.randn(6, 2, 16).bfloat16(), Segments((6,), CPU)
@@ -204,6 +205,20 @@ def test_without_a_compiler_bf16_is_torchs(monkeypatch: pytest.MonkeyPatch, tmp_
         ChosenAttention("cpu", forced=True)(q, q, q, whole, whole)
     for cached in (library, cannot_build):
         cached.cache_clear()
+
+
+@cpu_kernels
+def test_a_library_that_cannot_be_loaded_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where nothing may be run from the cache, or it was filled on another system; and where there is no cache at all."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(ctypes, "CDLL", mock.Mock(side_effect=OSError("x.so: failed to map segment")))
+    with pytest.raises(CannotBuild, match="failed to map segment"):
+        library.__wrapped__()
+    assert len(list((tmp_path / "megasora").iterdir())) == 1  # and nothing half made
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(CannotBuild, match="set TORCH_EXTENSIONS_DIR"):
+        library.__wrapped__()
 
 
 def _triton_in_parts() -> list[float]:

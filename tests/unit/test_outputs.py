@@ -1,5 +1,6 @@
 """A disk that is full or closed, a place that is not there: one line with the key, exit code 2, and before the long work."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_what_is_missing_comes_with_the_verb_that_makes_it(tmp_path: Path, capfd
     assert main(["train", "--config", DEMO, f"--data.path={tmp_path}/none", f"--run.dir={tmp_path}/run"]) == 3
     assert "`megasora encode` makes it" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fails_a_worker_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its launcher restarts it, perhaps elsewhere, as after any other death: 2 would end the run for good."""
+
+    def full(argv: list[str]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr("megasora.cli.run_verb", full)
+    monkeypatch.delenv("RANK", raising=False)
+    assert fails(capfd, "train") == "megasora: runs/a/metrics.jsonl: No space left on device"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(OSError, match="No space"):
+        main(["train"])
 
 
 def test_a_full_disk_does_not_flood_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy
 
 from megasora.models.packing import pack
 from megasora.models.video_dit import VideoDiT
 from megasora.parallel import remat
 from megasora.parallel.layout import ParallelConfig
-from megasora.parallel.remat import offload, recompute
+from megasora.parallel.remat import keep_the_dear, offload, recompute
 from tests.unit.test_video_dit import make_item, small_model
 
 
@@ -19,6 +20,20 @@ def gradients(model: VideoDiT) -> dict[str, Tensor]:
     row = pack([make_item((2, 4, 6), 7, 1), make_item((1, 4, 4), 3, 2)])
     model(row).square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_attention_of_every_kind_is_kept_by_selective() -> None:
+    import megasora.models.attention_operator  # noqa: F401 # whose operators are asked for
+
+    ours = (
+        torch.ops.megasora_kernels.flash_cpu,
+        torch.ops.megasora_kernels.flash_varlen,
+        torch.ops.megasora.packed_attention,
+    )
+    torchs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    for op in (*ours, torchs):
+        assert keep_the_dear(None, op.default) == CheckpointPolicy.MUST_SAVE
+    assert keep_the_dear(None, torch.ops.aten.mul.Tensor) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Counted(save_on_cpu):
