@@ -136,7 +136,7 @@ class SampleConfig:
     overlap: int = 5  # of them, frames that two windows share
     checkpoint: str = "latest"  # latest of run.dir, or a PATH to a step directory
     weights: Literal["ema", "model"] = "ema"
-    output: str = ""  # default: run.dir/samples
+    output: str = ""  # default: a directory of its own under run.dir/samples
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("steps", 1), ("window", 0), ("overlap", 1)):

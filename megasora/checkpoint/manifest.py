@@ -169,7 +169,11 @@ def verify(
     try:
         manifest = read_manifest(directory)
     except CheckpointError as error:
-        return [Problem(MANIFEST, str(error).removeprefix(f"{directory / MANIFEST}: "))] if rank == 0 else []
+        return (
+            [Problem(MANIFEST, str(error).removeprefix(f"{directory / MANIFEST}: ").removeprefix(f"{directory}: "))]
+            if rank == 0
+            else []
+        )
     problems = _misnamed(directory, manifest) + _foreign_files(directory, manifest) if rank == 0 else []
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     share = by_size[rank::world]
@@ -184,7 +188,7 @@ def damage(directory: Place, problems: list[Problem]) -> CheckpointError:
     """The error for a checkpoint that did not verify: one line with the first files."""
     named = "; ".join(f"{problem.file}: {problem.reason}" for problem in problems[:3])
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return CheckpointError(f"{directory}: damaged: {named}{more}")
+    return CheckpointError(f"{directory}: not a good checkpoint: {named}{more}")
 
 
 def _sealed(body: dict[str, Any]) -> bytes:

@@ -17,28 +17,6 @@ from megasora.planner.tape import FLOAT, Tape
 
 
 @dataclass(frozen=True)
-class StateBytes:
-    """Bytes of weights, gradients and what the optimizer owns, on each rank of a group that shards them."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
-
-
-def state_bytes(
-    parameters: float, ranks: int, stage: int, weight: int = 2, gradient: int = 2, optimizer: int = 12
-) -> StateBytes:
-    """ZeRO's own arithmetic (section 3.1): 2 bytes a weight, 2 a gradient and K = 12 for mixed-precision Adam by default; stage
-    1 shards the optimizer's, 2 the gradients too, 3 the weights too. MegaSora has 4, 4 and 12 with the average, 8 without."""
-    shares = [ranks if stage >= least else 1 for least in (3, 2, 1)]
-    return StateBytes(*(parameters * b / n for b, n in zip((weight, gradient, optimizer), shares, strict=True)))
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes of one rank by part. `stage` is its place in the pipeline."""
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from megasora.build import build_engine, check_rollout, find_objective, node_of
@@ -77,7 +78,7 @@ def sample(config: Config) -> list[Path]:
         )  # fmt: skip
         first_shape(generator, stage)  # refuses sizes before weights are read
         generator.predict, step = load_model(config, group)
-        directory = Path(wanted.output) if wanted.output else Path(config.run.dir) / "samples" / f"step-{step:08d}"
+        directory = Path(wanted.output) if wanted.output else default_directory(config, step)
         files = [directory / f"{i:02d}.mp4" for i in range(len(prompts))]
         previews, begin = {}, time.perf_counter()
         for i in mine:
@@ -92,6 +93,12 @@ def sample(config: Config) -> list[Path]:
     log.info("%d videos of %d frames in %.1f s", len(files), wanted.frames, time.perf_counter() - begin)
     ordered = [previews[i] for i in range(len(prompts))]
     return [*files, write_sheet(ordered, [caption for caption, _ in prompts], directory)]
+
+
+def default_directory(config: Config, step: int) -> Path:
+    """A name of its own for each way to ask: what is asked for later replaces neither that nor the run's own samples."""
+    asked = xxhash.xxh3_64_hexdigest(repr(config.sample))[:8]
+    return Path(config.run.dir) / "samples" / f"step-{step:08d}-{asked}"
 
 
 def predictions(config: Config, stage: FirstStage) -> int:

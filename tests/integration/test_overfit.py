@@ -67,17 +67,18 @@ def road(tmp_path: Path, clips: dict[str, np.ndarray], captions: dict[str, str],
 def test_after_overfitting_one_clip_the_sample_resembles_it(tmp_path: Path) -> None:
     clip = draw_clip("circle", "red", "right", HEIGHT, WIDTH, FRAMES)
     file = road(tmp_path, {"circle": clip}, {"circle": CAPTION}, {"steps": 400})
-    for verb in ("train", "sample"):
-        assert main([verb, "--config", str(file)]) == 0
-    drawn = decode(tmp_path / "run/samples/step-00000400/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
+    assert main(["train", "--config", str(file)]) == 0
+    assert main(["sample", "--config", str(file), f"--sample.output={tmp_path / 'drawn'}"]) == 0
+    drawn = decode(tmp_path / "drawn/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
     # A grey picture, or the clip standing still, are no reproduction.
     still = np.broadcast_to(clip.mean(0).astype(np.uint8), clip.shape)
     assert psnr(drawn, clip) > psnr(still, clip) + 3
     assert psnr(drawn, clip) > 24  # the VAE alone reaches 28
 
     assert main(["train", "--config", str(file), f"--run.dir={tmp_path / 'one'}", "--run.steps=1"]) == 0
-    assert main(["sample", "--config", str(file), f"--run.dir={tmp_path / 'one'}"]) == 0
-    untrained = decode(tmp_path / "one/samples/step-00000001/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
+    given = [f"--run.dir={tmp_path / 'one'}", f"--sample.output={tmp_path / 'untrained'}"]
+    assert main(["sample", "--config", str(file), *given]) == 0
+    untrained = decode(tmp_path / "untrained/00.mp4", frames=FRAMES, height=HEIGHT, width=WIDTH)
     assert psnr(untrained, clip) < psnr(drawn, clip) - 5
 
 

@@ -298,6 +298,13 @@ def test_sample_writes_videos_and_a_sheet(road: Road, straight: Path) -> None:
     done = road.run("sample", f"--run.dir={straight}", "--json", f"--sample.output={road.directory / 'out'}")
     files = json.loads(done.stdout)["files"]
     assert [Path(f).name for f in files] == ["00.mp4", "contact-sheet.png"]
+    before = {file: file.read_bytes() for file in (straight / "samples").rglob("*") if file.is_file()}
+    again = road.run("sample", f"--run.dir={straight}", "--json")
+    (_, sheet) = (Path(file) for file in json.loads(again.stdout)["files"])
+    assert sheet.parent.name.startswith("step-00000040-")
+    assert before == {file: file.read_bytes() for file in before}  # the run's own stay
+    missing = road.run("sample", f"--run.dir={straight}", "--sample.checkpoint=/no/step", code=4)
+    assert "/no/step: not a good checkpoint: manifest.json: no such directory" in missing.stderr
     bad = road.run("sample", f"--run.dir={straight}", "--sample.height=50", code=2)
     assert "sample.height=50: nearest that the model can make is 48" in bad.stderr
     road.run("sample", f"--run.dir={road.directory / 'no-run'}", code=4)

@@ -495,11 +495,11 @@ def test_ckpt_verbs(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "__0_0.distcp" in table[1]
     assert table[2].split()[0] == "10"
     assert table[2].endswith("verified")
-    with pytest.raises(CheckpointError, match=r"step-00000005: damaged: __0_0\.distcp"):
+    with pytest.raises(CheckpointError, match=r"step-00000005: not a good checkpoint: __0_0\.distcp"):
         call("verify", str(run), "--json")
     assert not json.loads(capsys.readouterr().out)["ok"]
     (saved / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"step-00000005: damaged: manifest\.json: missing"):
+    with pytest.raises(CheckpointError, match=r"step-00000005: not a good checkpoint: manifest\.json: missing"):
         call("verify", str(saved))
     for nothing in (run / "absent", Path(__file__).parent):
         with pytest.raises(CheckpointError, match=str(nothing)):
