@@ -14,7 +14,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _worker(rank: int, world: int, store: str, func: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def _worker(
+    rank: int,
+    world: int,
+    store: str,
+    variables: dict[str, str],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    results: Any,
+) -> None:
+    os.environ.update(variables)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     try:
@@ -43,12 +52,15 @@ def run_distributed(func: Callable[..., Any], world: int, *args: Any, timeout: f
     `func` is a module-level function, its result picklable. The rendezvous is a file, so no port is taken. A failure on
     any rank, or the time-out (seconds), kills all of them and raises with that rank's traceback.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # torch is imported once, not by each process
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "triton"])
     results = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
         workers = [
-            context.Process(target=_worker, args=(rank, world, store, func, args, results), daemon=True)
+            context.Process(
+                target=_worker, args=(rank, world, store, dict(os.environ), func, args, results), daemon=True
+            )
             for rank in range(world)
         ]
         for worker in workers:
