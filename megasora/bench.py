@@ -21,7 +21,7 @@ from megasora.checkpoint.saver import Saver
 from megasora.config import to_dict
 from megasora.device import on_gpu
 from megasora.engines.torch_native import Engine
-from megasora.errors import CheckpointError
+from megasora.errors import CheckpointError, ConfigError
 from megasora.microbatch import MicroBatch, Recipe, build_microbatch, build_rows, training_loss
 from megasora.models.flops import forward_macs
 from megasora.observe.clock import Clock
@@ -55,7 +55,10 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
     with processes(config.parallel.layout) as group:
         data = synthetic_data(config, TEXT_TOKENS) if synthetic else open_data(config, group.device)
         check_fit(config, group, data.facts)
-        engine = build_engine(settle_recompute(config, group, data), group)
+        if config.bench.costs and group.world > 1:
+            raise ConfigError(f"bench.costs={config.bench.costs}: measured on one process, not on {group.world}")
+        config = settle_recompute(config, group, data)
+        engine = build_engine(config, group)
         loader = build_loader(config, group, data, config.stages[0], 0, {})
         recipe = build_recipe(config, group, data.facts, config.stages[0], 0)
         batches = loader.batches(0)
@@ -73,7 +76,7 @@ def bench(config: Config, synthetic: bool) -> dict[str, Any]:
         batches.close()
         if config.bench.checkpoint:
             found["checkpoint"] = checkpoint_stall(config, group, engine)
-        if config.bench.costs and group.is_main:
+        if config.bench.costs:
             write_costs(config, engine, loader, recipe)
         shared = [found]
         dist.broadcast_object_list(shared)
@@ -304,21 +307,23 @@ def share_in_fp8(config: Config, group: Processes, engine: Engine, batch: MicroB
 
 
 def write_costs(config: Config, engine: Engine, loader: Loader, recipe: Recipe) -> None:
-    """Seconds of forward and backward of one sample of each bucket, for data.costs: the best of a few full rows."""
+    """Seconds of forward and backward of one sample of each bucket, for data.costs: the best of a few full rows, as long as
+    training makes them."""
     seconds: dict[str, float] = {}
     loss = training_loss(recipe)
     for bucket in loader.expected():
-        count = config.data.capacity // loader.tokens_of(bucket)
+        tokens, multiple = loader.tokens_of(bucket), config.data.row_multiple
+        count = config.data.capacity // tokens
         row = [loader.example(bucket, position) for position in range(count)]
-        batch = build_microbatch(row, recipe, config.data.capacity)
+        batch = build_microbatch(row, recipe, -(-count * tokens // multiple) * multiple)
         times = []
         for _ in range(4):
             clock = Clock(recipe.device)
-            loss(engine.model, batch).backward()
+            engine.forward_backward([batch], loss)
             clock.lap("step")
+            engine.discard()
             times.append(clock.total)
         seconds[str(bucket)] = min(times) / count
-        engine.discard()
     Path(config.bench.costs).write_text(json.dumps(seconds, indent=1))
 
 

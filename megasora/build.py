@@ -1,6 +1,5 @@
 """What a config asks for, built: the engine, a stage's loader and recipe, the run directory, and the check that they fit."""
 
-import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +43,8 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     check_layout(config.model, group.layout, node_of(config))
     check_engine(config, group.layout)
     check_fp8(config.precision.fp8, compute_capability())
+    if config.precision.fp8_gather and (group.layout.zero < 2 or group.layout.tp > 1):
+        raise ConfigError(f"precision.fp8_gather=true: goes with zero2 or zero3 and without tp, not {group.layout}")
     if config.eval.every:
         check_rollout(config, group)
     for key, path in (
@@ -76,7 +77,7 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
             raise ConfigError(
                 f"model.patch={list(config.model.patch)}: does not divide the {sizes} latent of bucket {bucket}"
             )
-    unit = math.lcm(2 * group.layout.tp * group.layout.cp, 128) * (group.layout.cp if group.layout.dynamic else 1)
+    unit = group.layout.row_unit
     largest = max(
         tokens_of(bucket, latents.compression, config.model.patch)
         for stage in config.stages

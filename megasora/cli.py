@@ -179,7 +179,7 @@ class _Parser(argparse.ArgumentParser):
         sections = self.get_default("sections")
         if not sections:
             return super().format_help()
-        from megasora.config import describe  # only --help pays for it
+        from megasora.keys import describe  # only --help pays for it
 
         keys = [line for section in sections for line in describe(section)]
         options, heading, examples = super().format_help().partition("examples:\n")

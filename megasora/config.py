@@ -8,7 +8,6 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +208,15 @@ def _brief(value: Any) -> str:
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key, making sections on the way; a number steps into a list."""
-    *path, last = key.split(".")
+    """Sets a dotted key, making sections on the way; a number steps into a list, whose first item need not be there."""
+    parts = key.split(".")
+    *path, last = parts
     place: Any = raw
     for i, part in enumerate(path):
         if isinstance(place, list):
             place = place[_item(place, part, key)]
         else:
-            place = place.setdefault(part, {})
+            place = place.setdefault(part, [{}] if parts[i + 1].isdigit() else {})
         if not isinstance(place, dict | list):
             raise ConfigError(f"{key}={_brief(value)}: {'.'.join(path[: i + 1])} is a value, not a section")
     if isinstance(place, list):
@@ -255,16 +255,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value
-
-
-def describe(section: str) -> Iterator[str]:
-    """Lines for --help: every key of a section with its default."""
-    value = getattr(Config(), section)
-    if isinstance(value, tuple):
-        value = value[0]
-        section += ".0"
-    if not dataclasses.is_dataclass(value):
-        yield f"  --{section}={value}"
-        return
-    for key, default in flatten(_plain(value), section).items():
-        yield f"  --{key}={default}"

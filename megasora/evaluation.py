@@ -4,6 +4,7 @@ Both are of the averaged weights, and nothing in them is drawn anew: two evaluat
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +44,10 @@ def evaluation_loss(
     group = replace(group, layout=replace(group.layout, dynamic=False))
     ranks = group.layout.dp
     samples = -(-config.eval.samples // ranks) * ranks
-    local = replace(config, data=replace(config.data, global_batch=samples))
+    local = replace(config, data=replace(config.data, global_batch=samples, prefetch=1))
     loader = build_loader(local, group, data, stage, segment=-1, obey={})
-    (batch,) = (batch for batch, _ in zip(loader.batches(0), range(1), strict=False))
+    with closing(loader.batches(0)) as batches:
+        batch = next(batches)
     recipe = build_recipe(local, group, data.facts, replace(stage, tasks={"text": 1.0}, drop_captions=0.0), segment=-1)
     recipe = replace(recipe, seed=fold(config.run.seed, "evaluation"))
     objective = find_objective(config)

@@ -33,8 +33,8 @@ from megasora.vae_training import TrainVAEConfig
 class RunConfig:
     """Where the run lives and how it begins."""
 
-    dir: str = "runs/default"
-    seed: int = 0
+    dir: str = "runs/default"  # checkpoints, metrics, samples, logs
+    seed: int = 0  # all randomness follows from it and from positions
     steps: int | None = (
         None  # stop after so many steps (default: the stages' own); the last stage goes on if they are fewer
     )
@@ -46,7 +46,7 @@ class RunConfig:
         default_factory=dict
     )  # name or pattern -> how a weight of it that does not fit is made to
     allow_change: tuple[str, ...] = ()  # keys that may differ from the checkpoint's config, `data` for the data itself
-    determinism: Literal["replay", "bitwise"] = "replay"
+    determinism: Literal["replay", "bitwise"] = "replay"  # bitwise: torch's deterministic kernels, too
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -124,7 +124,7 @@ class SampleConfig:
     fps: float = 12.0
     steps: int = 30
     sampler: str = ""  # flow: euler (default), heun; gaussian: ddpm (default), ddim, dpmpp
-    guidance: float = 4.0
+    guidance: float = 4.0  # classifier-free; 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps in which guidance acts
     shift: float = 1.0
     seed: int = 0
@@ -208,7 +208,7 @@ class ObserveConfig:
     """The console and the boards, every so many steps; metrics.jsonl has every step."""
 
     every: int = 10
-    tensorboard: bool = True
+    tensorboard: bool = True  # in run.dir/tb
     wandb: Literal["off", "offline", "online"] = (
         "off"  # Weights & Biases, too; offline: in run.dir/wandb, to be sent with `wandb sync`
     )
@@ -255,6 +255,8 @@ class Config:
         last = self.run.steps or sum(stage.steps for stage in self.stages)
         if self.profile.span[0] > last:
             raise ValueError(f"profile.steps={self.profile.steps}: the run has {last} steps")
+        if self.checkpoint.keep_best and not self.eval.loss_every:
+            raise ValueError(f"checkpoint.keep_best={self.checkpoint.keep_best}: goes by the loss of eval.loss_every")
         classifier = self.model.family in CLASSIFIERS
         if (self.objective == "classify") != classifier:
             wanted = "classify" if classifier else "flow or gaussian"

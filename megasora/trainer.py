@@ -1,6 +1,5 @@
 """The training run: build order, then the loop. Everything that happens in a step happens here, in this order, in sight."""
 
-import itertools
 import math
 import time
 from collections import deque
@@ -46,7 +45,7 @@ from megasora.rendering import write_sheet, write_video
 from megasora.resume import find_start, load_start, save_digests
 from megasora.schema import Config, Stage
 from megasora.segments import Segment, segments_of
-from megasora.training_data import build_loader, check_current, open_data
+from megasora.training_data import build_loader, check_current, open_data, settle_replacements
 
 SAVE_MARGIN = 1.5  # a save may take so many times as long as the last one
 MAX_SKIPPED = 20  # steps in a row without an update, before a run that learns nothing is ended
@@ -63,7 +62,7 @@ def train(config: Config) -> None:
 
 
 class Trainer:
-    """One run on one process. `step` counts the updates done, over all stages; a stage is a segment of the data's order."""
+    """One run on one process. Of `step`s those skipped count too; a stage is a segment of the data's order."""
 
     def __init__(self, config: Config, group: Processes, stop: StopRequest, beat: Heartbeat) -> None:
         self.config, self.group, self.stop, self.beat = config, group, stop, beat
@@ -218,7 +217,8 @@ class Trainer:
         log.warning("rolled back to the weights of step %d", facts["step"])
 
     def next_batch(self, batches: Iterator[StepBatch], segment: int) -> tuple[StepBatch, bool]:
-        """The next batch and whether to stop after it: both agreed by all ranks, replaced samples logged before use."""
+        """The next batch and whether to stop after it: both agreed by all ranks, replaced samples logged before use. Raises
+        RuntimeError where ranks that share a row did not read the same."""
         failure, batch, begin = "", None, time.perf_counter()
         try:
             batch = next(batches)
@@ -234,15 +234,19 @@ class Trainer:
             self.finish_save()
         if failed or bad:
             everyone: list[Any] = [None] * self.group.world
-            dist.all_gather_object(everyone, (failure, replaced))
+            dist.all_gather_object(everyone, (failure, replaced, batch.own if batch else {}))
+            failures, found, own = zip(*everyone, strict=True)
             if failed:
-                raise DataError(next(message for message, _ in everyone if message))
-            for replacement in itertools.chain.from_iterable(found for _, found in everyone):
+                raise DataError(next(filter(None, failures)))
+            settled, quarrel = settle_replacements(found, own)
+            for replacement in settled:
                 self.event("bad_sample", segment=segment, **vars(replacement))
                 log.warning("bad sample %(key)s (%(reason)s): %(by)s instead", vars(replacement))
                 if self.journal:
                     self.journal.quarantine(replacement.shard, replacement.key, replacement.reason)
-        self.bad_samples += bad
+            if quarrel:
+                raise RuntimeError(f"step {self.step + 1}: {quarrel}; started again, all read what {EVENTS} says")
+            self.bad_samples += len(settled)
         assert batch is not None
         return batch, bool(stopping)
 
@@ -284,7 +288,7 @@ class Trainer:
             "layout": str(self.group.layout), "world": self.group.world, "recent": list(self.watch.recent), "score": score,
         }  # fmt: skip
         try:
-            self.saver.start(self.step, self.engine.tensors(), facts)
+            self.saver.start(self.step, self.engine.tensors(), facts, last=self.step == self.last)
             check = self.fence.check if self.fence else lambda: None
             own = self.engine.save_own(self.run_dir / "deepspeed", self.step, facts, check)
             if own is not None:

@@ -1,6 +1,7 @@
 """The data of a run as `data.*` asks for it: where samples come from, how they become latents, and what they cost."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from data_pipelines.batches.loader import Loader, Opener, cached_opener
+from data_pipelines.batches.loader import Loader, Opener, Replacement, cached_opener
 from data_pipelines.batches.row_packing import Meet
 from data_pipelines.batches.synthetic import SyntheticLatents
 from data_pipelines.buckets import Bucket
@@ -145,6 +146,19 @@ def build_loader(
         obey=obey.get(segment, {}),
         pin=on_gpu(group.device),
     )
+
+
+def settle_replacements(
+    found: Sequence[Sequence[Replacement]], own: Sequence[Mapping[int, str]]
+) -> tuple[list[Replacement], str]:
+    """Of what all ranks had to replace, one replacement a position; and, where ranks that share a row did not read the same
+    sample (a disk of one node failed), what they read. `own`: each rank's keys by position."""
+    settled = {one.position: one for of_rank in reversed(found) for one in of_rank}
+    for position in sorted(settled):
+        read = sorted({keys[position] for keys in own if position in keys})
+        if len(read) > 1:
+            return [settled[n] for n in sorted(settled)], f"ranks that share a row read {' and '.join(read)}"
+    return [settled[n] for n in sorted(settled)], ""
 
 
 def meeting(layout: Layout) -> Meet:

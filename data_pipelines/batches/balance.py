@@ -1,7 +1,7 @@
 """Which rank computes which samples of a global batch, in which packed row: decided alike by every rank, from costs alone.
 
-Ranks meet once a step (plain data parallelism) or in every micro-batch (ZeRO-3, the stages of a pipeline): their sums must be
-equal, or the rows that run at the same time.
+Ranks meet once a step, or in every micro-batch (ZeRO-3, rows of many widths): their sums must be equal, or the rows that run
+at the same time.
 """
 
 from collections.abc import Sequence

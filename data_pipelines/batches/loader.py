@@ -134,6 +134,11 @@ class StepBatch:
     padding: float  # share of the rows of all ranks
     replacements: list[Replacement]  # this rank's
 
+    @property
+    def own(self) -> dict[int, str]:
+        """The keys of this rank's samples by position."""
+        return {sample.position: sample.key for row in self.rows for sample in row}
+
 
 @dataclass(frozen=True)
 class Item:

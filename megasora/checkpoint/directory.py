@@ -45,7 +45,7 @@ class CheckpointConfig:
     background: bool = True  # written while training goes on; needs memory of the host for a copy
     timeout: float = 1800.0  # seconds that training waits for a save in flight before it goes on without one
     durable: str = ""  # where some are copied to as well: another directory, or an address such as s3://bucket/run
-    durable_every: int = 0  # steps between two of those; 0: by failure_hours and the time that a copy takes
+    durable_every: int = 0  # steps between two of those, at least; 0: by failure_hours and the time that a copy takes
     failure_hours: float = 12.0  # between two failures of the job, about: for intervals that are not given
     fence: float = 60.0  # seconds without a sign of life after which another job's hold on run.dir is over
 
@@ -58,6 +58,8 @@ class CheckpointConfig:
         for name in ("timeout", "failure_hours", "fence"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is expected")
+        if self.durable_every and not self.durable:
+            raise ValueError(f"durable_every={self.durable_every}: there is no `durable` to copy to")
         try:
             place_of(self.durable)
         except CheckpointError as error:

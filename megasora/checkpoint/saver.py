@@ -57,7 +57,7 @@ class Saver:
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
         self._cost = self._durable_cost = 0.0  # seconds that the last save and the last copy took
         self._last = time.monotonic()
-        self._durable_last = -math.inf
+        self._durable_last, self._durable_step = -math.inf, 0
 
     @property
     def done(self) -> bool:
@@ -74,12 +74,15 @@ class Saver:
         """Seconds between two saves that cost so many, by which least time is lost (Young 1974, equation 1)."""
         return math.sqrt(2 * self.config.failure_hours * 3600 * cost)
 
-    def start(self, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Begins to save `tensors` as they are now; they may change when it returns. CheckpointError on all ranks."""
+    def start(
+        self, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], *, last: bool = False
+    ) -> None:
+        """Begins to save `tensors` as they are now; they may change when it returns. CheckpointError on all ranks. The `last`
+        one of a run is copied to the durable store in any case."""
         assert self._thread is None, f"the save of step {self.step} is not finished"
         begin = time.perf_counter()
         shares = plan_shares(self.ranks, f"saving step {step} in {self.root}", tensors)
-        durable = self.ranks.gather(self._durable_due(step))[0]
+        durable = self.ranks.gather(self._durable_due(step, last))[0]
         if self.config.background:
             shares = replace(shares, pieces=self._copied(shares))
         self.step, self._last = step, time.monotonic()
@@ -116,6 +119,7 @@ class Saver:
         self._cost, self._last = saved.seconds, time.monotonic()
         if saved.durable is not None:
             self._durable_cost, self._durable_last = saved.durable_seconds, time.monotonic()
+            self._durable_step = saved.step
         return replace(saved, blocked=saved.blocked + waited)
 
     def close(self) -> None:
@@ -133,11 +137,11 @@ class Saver:
             return self.ranks
         return Ranks(dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout)))
 
-    def _durable_due(self, step: int) -> bool:
-        if not self.config.durable:
-            return False
+    def _durable_due(self, step: int, last: bool) -> bool:
+        if not self.config.durable or last:
+            return bool(self.config.durable)
         if self.config.durable_every:
-            return step % self.config.durable_every == 0
+            return step - self._durable_step >= self.config.durable_every
         return time.monotonic() - self._durable_last >= self.interval(self._durable_cost)
 
     def _copied(self, shares: Shares) -> dict[MetadataIndex, torch.Tensor]:

@@ -23,7 +23,7 @@ class OptimConfig:
     fused: Fused = (
         "torch"  # whose AdamW kernels: torch's own, apex's or TransformerEngine's (te), where those are installed
     )
-    lr: float = 1e-4
+    lr: float = 1e-4  # the peak; a stage may have its own
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0

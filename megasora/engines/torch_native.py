@@ -66,6 +66,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.fp8 != "none" and self.precision != "bf16":
             raise ValueError(f"fp8={self.fp8}: goes with precision.precision=bf16")
+        if self.fp8_gather and self.fp8 != "tensor":
+            raise ValueError(f"fp8_gather=true: weights are gathered as fp8 with precision.fp8=tensor, not {self.fp8}")
 
 
 class Engine(Protocol):

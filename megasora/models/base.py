@@ -17,19 +17,19 @@ Cache = dict[
 class ModelConfig:
     """`preset` gives every number that the file or the command line does not. A width of 0 means: takes no such condition."""
 
-    preset: str = ""
-    attention: str = "auto"
+    preset: str = ""  # `megasora plan --list-presets` lists them
+    attention: str = "auto"  # which kernels: the best that is here, or one by name
     width: int = 256
     depth: int = 8
     heads: int = 4
     channels: int = 16  # of the latent
-    patch: Patch = (1, 2, 2)
+    patch: Patch = (1, 2, 2)  # frames, rows and columns of the latent that make a token
     learn_sigma: bool = (
         False  # gives each value's variance too, for objective=gaussian with gaussian.variance=learned_range
     )
     text_width: int = 0  # of the text encoder's embeddings
     pooled_width: int = 0  # of its pooled vector
-    classes: int = 0
+    classes: int = 0  # that samples are labelled with
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "channels"):

@@ -1,5 +1,6 @@
 """The layout: how the processes of a job divide the work, written as one string such as `dp4,zero2` or `hsdp2x4,zero3`."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +19,10 @@ class ParallelConfig:
     everything (`recompute=none`), what was dear to compute (selective), what entered them (full, or of every K-th: everyK), or as
     much as `memory` allows (auto)."""
 
-    layout: str = "auto"
-    recompute: str = "none"
+    layout: str = (
+        "auto"  # dpN,zero2, or terms whose numbers multiply to the processes: dp4 hsdp2x4 tp2 cp4x2 pp2; zero0 to zero3
+    )
+    recompute: str = "none"  # none, auto, selective, full, or everyK: of every K-th block
     memory: float = (
         0.0  # GiB of a device that recompute=auto may fill; 0: all that it has, and on a CPU as much as is wanted
     )
@@ -82,6 +85,11 @@ class Layout:
     @property
     def world(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def row_unit(self) -> int:
+        """Tokens that the length of every row is a multiple of: each rank gets an equal share of it, and of its halves."""
+        return math.lcm(2 * self.tp * self.cp, 128) * (self.cp if self.dynamic else 1)
 
     def __str__(self) -> str:
         hsdp = self.dp_replicate > 1 and self.dp_shard > 1

@@ -42,16 +42,17 @@ def check_plan(config: Config, layout: Layout, device: Device, data: TrainingDat
         return []
     said = []
     encoders, policy = encoder_bytes(config), recompute_of(config.parallel)
+    node = None if config.parallel.across_nodes else device.node
     makes = [maker(config, stage, device, data, encoders) for stage in config.stages]
     for make, stage in zip(makes, config.stages, strict=True):
         job, steps = make(layout, *policy)
         if not has_room(job, device):
-            problem = refusal(make, job, steps, device)
+            problem = refusal(make, job, steps, device, node)
             if config.parallel.plan_check == "refuse":
                 raise ConfigError(f"{problem} (stage {stage.name}; parallel.plan_check=warn goes on)")
             said.append(f"stage {stage.name}: {problem}")
     if advise and device.peaks and not said:
-        said += better(makes, config.stages, layout, policy, device)
+        said += better(makes, config.stages, layout, policy, device, node)
     return said
 
 
@@ -65,9 +66,9 @@ def maker(config: Config, stage: Stage, device: Device, data: TrainingData, enco
     return make
 
 
-def refusal(make: Make, job: Job, steps: Sequence[Step], device: Device) -> ConfigError:
+def refusal(make: Make, job: Job, steps: Sequence[Step], device: Device, node: int | None) -> ConfigError:
     if device.peaks:
-        found = search(make, layouts(job.layout.world, device.node, job.model), device, job.model)
+        found = search(make, layouts(job.layout.world, device.node, job.model), device, job.model, node)
         return refuse(build_plan(job, steps, device), nearest(found, job.layout))
     needed = sum(with_device(memory(job), device).values())
     return ConfigError(
@@ -77,15 +78,16 @@ def refusal(make: Make, job: Job, steps: Sequence[Step], device: Device) -> Conf
 
 
 def better(
-    makes: Sequence[Make], stages: Sequence[Stage], layout: Layout, policy: tuple[Recompute, int], device: Device
-) -> list[str]:
+    makes: Sequence[Make], stages: Sequence[Stage], layout: Layout, policy: tuple[Recompute, int], device: Device,
+    node: int | None,
+) -> list[str]:  # fmt: skip
     """A layout beside that one, with the least recomputation that fits, on which all stages together take much less."""
-    ours, job = seconds_of(makes, stages, layout, policy, device)
+    ours, job = seconds_of(makes, stages, layout, policy, device, node)
     best, instead = ours, job
     for other in beside(layout, device.node, job.model):
         for tried in POLICIES:
             try:
-                seconds, found = seconds_of(makes, stages, other, tried, device)
+                seconds, found = seconds_of(makes, stages, other, tried, device, node)
             except ConfigError:
                 break  # the layout and the model or the batch do not go together
             if seconds < float("inf"):
@@ -101,13 +103,14 @@ def better(
 
 
 def seconds_of(
-    makes: Sequence[Make], stages: Sequence[Stage], layout: Layout, policy: tuple[Recompute, int], device: Device
-) -> tuple[float, Job]:
+    makes: Sequence[Make], stages: Sequence[Stage], layout: Layout, policy: tuple[Recompute, int], device: Device,
+    node: int | None,
+) -> tuple[float, Job]:  # fmt: skip
     """Of all stages, infinite if one does not fit; and the last one's job. Raises ConfigError."""
     total = 0.0
     for make, stage in zip(makes, stages, strict=True):
         job, steps = make(layout, *policy)
-        check_layout(job.model, layout)
+        check_layout(job.model, layout, node)
         if not has_room(job, device):
             return float("inf"), job
         total += stage.steps * step_time(job, steps, device).seconds

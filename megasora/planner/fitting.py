@@ -15,9 +15,9 @@ from megasora.observe.logs import log
 from megasora.parallel.mesh import Processes
 from megasora.planner.encoders import encoder_bytes
 from megasora.planner.job import Job, Recompute
-from megasora.planner.memory import Memory, memory
+from megasora.planner.memory import memory
 from megasora.planner.mixture import find_mixture
-from megasora.planner.plan import FRAGMENTATION, job_of
+from megasora.planner.plan import fragmentation, job_of
 from megasora.planner.search import POLICIES
 from megasora.schema import Config
 from megasora.training_data import TrainingData
@@ -74,6 +74,5 @@ def cheapest(jobs: Sequence[Job], room: float, config: Config) -> tuple[Recomput
 
 def needed(job: Job) -> float:
     """Bytes on the fullest rank, with what the allocator cannot use again."""
-    fullest: Memory = memory(job)
-    moving = sum(fullest.parts[name] for name in ("gathered weights", "activations", "gradients", "buffers"))
-    return fullest.total + FRAGMENTATION * moving
+    fullest = memory(job)
+    return fullest.total + fragmentation(fullest)

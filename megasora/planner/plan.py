@@ -57,10 +57,16 @@ class Plan:
         return self.flops_per_s / self.device.peaks[self.job.precision]
 
 
+def fragmentation(found: Memory) -> float:
+    """Bytes that the allocator cannot use again."""
+    return FRAGMENTATION * sum(
+        found.parts[name] for name in ("gathered weights", "activations", "gradients", "buffers")
+    )
+
+
 def with_device(found: Memory, device: Device) -> dict[str, float]:
     """Bytes of a stage by part, with what the device itself and its allocator take."""
-    moving = sum(found.parts[name] for name in ("gathered weights", "activations", "gradients", "buffers"))
-    lost = {"reserved": device.reserved, "fragmentation": FRAGMENTATION * moving}
+    lost = {"reserved": device.reserved, "fragmentation": fragmentation(found)}
     return {name: size for name, size in (found.parts | lost).items() if size}
 
 
@@ -100,7 +106,7 @@ def recompute_of(parallel: ParallelConfig) -> tuple[Recompute, int]:
 
 def check_unit(config: Config, layout: Layout) -> Config:
     """The config with rows whose length every rank gets an equal share of."""
-    unit = math.lcm(2 * layout.tp * layout.cp, 128) * (layout.cp if layout.dynamic else 1)
+    unit = layout.row_unit
     up = {name: -(-getattr(config.data, name) // unit) * unit for name in ("row_multiple", "capacity")}
     if up["capacity"] % up["row_multiple"]:
         up["capacity"] = -(-up["capacity"] // up["row_multiple"]) * up["row_multiple"]
@@ -152,10 +158,10 @@ def facts(plan: Plan, mixture: Mixture | None, config: Config | None = None) -> 
 
 def storage_rate(plan: Plan, config: Config) -> float:
     """Bytes a second that all ranks together read of latents and captions: mean and variance of each value, and the text."""
-    latent, text = (2 if kind != "float32" else 4 for kind in (config.encode.latent_dtype, "bfloat16"))
+    value = 4 if config.encode.latent_dtype == "float32" else 2  # bytes
     row_text = sum(row.counts * row.text for step in plan.steps for rows in step.rows for row in rows) / len(plan.steps)
-    size = plan.time.tokens * plan.job.model.patch_values * 2 * latent + row_text * plan.job.model.text_width * text
-    return size / plan.time.seconds
+    size = plan.time.tokens * plan.job.model.patch_values * 2 + row_text * plan.job.model.text_width
+    return value * size / plan.time.seconds
 
 
 def budget(plan: Plan, tokens: float = 0, samples: float = 0, steps: float = 0) -> dict[str, float]:
@@ -165,13 +171,13 @@ def budget(plan: Plan, tokens: float = 0, samples: float = 0, steps: float = 0) 
     return {"steps": needed, "seconds": seconds, "device_hours": seconds * plan.job.layout.world / 3600}
 
 
-def refuse(plan: Plan, nearest: Plan | None, key: str = "parallel.layout") -> ConfigError:
+def refuse(plan: Plan, nearest: Plan | None) -> ConfigError:
     """One line for a job that cannot fit, with the nearest layout that does."""
     parts = plan.parts(plan.fullest)
     worst = max(parts, key=lambda name: parts[name])
     instead = f"nearest that fits is {label(nearest.job)}" if nearest else "no layout of so many devices fits"
     return ConfigError(
-        f"{key}={plan.job.layout}: needs {plan.needed / GIB:.1f} GiB of the {plan.device.memory / GIB:.1f} GiB of one "
+        f"parallel.layout={plan.job.layout}: needs {plan.needed / GIB:.1f} GiB of the {plan.device.memory / GIB:.1f} GiB of one "
         f"{plan.device.name}, {parts[worst] / GIB:.1f} for {worst}; {instead}"
     )
 
@@ -181,8 +187,7 @@ def label(job: Job) -> str:
     return f"{job.layout}" + (f" parallel.recompute={job.policy}" if job.recompute != "none" else "")
 
 
-def single_sample_step(shape: tuple[int, int, int], text: int, layout: Layout, rows: int = 1) -> Step:
-    """Every data-parallel rank has `rows` rows of one sample each."""
-    unit = math.lcm(2 * layout.tp * layout.cp, 128)
-    row = Row(((shape, text),), -(-math.prod(shape) // unit) * unit)
-    return Step(((row,) * rows,) * layout.dp)
+def single_sample_step(shape: tuple[int, int, int], text: int, layout: Layout) -> Step:
+    """Every data-parallel rank has one row of one sample."""
+    row = Row(((shape, text),), -(-math.prod(shape) // layout.row_unit) * layout.row_unit)
+    return Step(((row,),) * layout.dp)

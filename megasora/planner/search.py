@@ -16,6 +16,7 @@ from megasora.planner.step_time import Step
 
 # The cheapest first. Of a forward pass, a third of the time, selective repeats what no matrix product is.
 POLICIES: list[tuple[Recompute, int]] = [("none", 1), ("selective", 1), ("full", 4), ("full", 2), ("full", 1)]
+MOST = 16384  # devices
 # A job on a layout with what it recomputes, and its steps. Raises ConfigError where they do not go together.
 Make = Callable[[Layout, Recompute, int], tuple[Job, Sequence[Step]]]
 
@@ -34,7 +35,7 @@ def divisors(n: int) -> list[int]:
 
 
 def layouts(world: int, node: int, model: Any) -> Iterator[Layout]:
-    """Of so many devices: tensor and Ulysses groups within a node, at most so many heads and blocks as there are."""
+    """Of so many devices: tensor groups within a node, at most so many heads and blocks as there are."""
     for tp in (d for d in divisors(world) if d <= node):
         for pp in (d for d in divisors(world // tp) if d <= blocks_of(model) and d <= 32):
             for ulysses in (d for d in divisors(world // tp // pp) if tp * d <= model.heads):
@@ -74,29 +75,28 @@ def search(
     tried: Iterable[Layout],
     device: Device,
     model: Any,
-    policies: Sequence[tuple[Recompute, int]] = POLICIES,
+    node: int | None,
 ) -> list[Candidate]:
-    """Every layout once, with the cheapest recomputation that fits: those that fit by their time, then those that do not."""
+    """Every layout once, with the cheapest recomputation that fits: those that fit by their time, then those that do not. `node`:
+    as in check_layout."""
     found = []
     for layout in tried:
         try:
-            check_layout(model, layout, device.node)
+            check_layout(model, layout, node)
         except ConfigError:
             continue
-        found.append(best_policy(make, layout, device, policies))
+        found.append(best_policy(make, layout, device))
     return sorted(found, key=lambda one: one.plan.time.seconds if one.plan and one.plan.fits else float("inf"))
 
 
-def best_policy(
-    make: Make, layout: Layout, device: Device, policies: Sequence[tuple[Recompute, int]] = POLICIES
-) -> Candidate:
+def best_policy(make: Make, layout: Layout, device: Device) -> Candidate:
     """A layout with as little recomputed as fits."""
     try:
-        job, steps = make(layout, *policies[-1])
+        job, steps = make(layout, *POLICIES[-1])
     except ConfigError as error:
         return Candidate(str(layout), None, str(error))
     if has_room(job, device):  # where most is computed again: else nothing helps
-        for recompute, every in policies:
+        for recompute, every in POLICIES:
             job = replace(job, recompute=recompute, every=every)
             if has_room(job, device):
                 return Candidate(label(job), build_plan(job, steps, device))
@@ -121,21 +121,21 @@ def reasons(found: Sequence[Candidate]) -> list[str]:
     return said
 
 
-def fewest(make: Make, device: Device, model: Any, most: int = 16384) -> Plan | None:
+def fewest(make: Make, device: Device, model: Any, node: int | None) -> Plan | None:
     """The least number of devices (a power of two) on which some layout fits, and the fastest of those that do."""
     world = 1
-    while world <= most:
-        if any(True for _ in with_room(make, world, device, model)):
-            return search(make, layouts(world, device.node, model), device, model)[0].plan
+    while world <= MOST:
+        if any(True for _ in with_room(make, world, device, model, node)):
+            return search(make, layouts(world, device.node, model), device, model, node)[0].plan
         world *= 2
     return None
 
 
-def with_room(make: Make, world: int, device: Device, model: Any) -> Iterator[Layout]:
+def with_room(make: Make, world: int, device: Device, model: Any, node: int | None) -> Iterator[Layout]:
     """The layouts on which the job fits where all is recomputed."""
     for layout in layouts(world, device.node, model):
         try:
-            check_layout(model, layout)
+            check_layout(model, layout, node)
             job, _ = make(layout, "full", 1)
         except ConfigError:
             continue
@@ -143,7 +143,9 @@ def with_room(make: Make, world: int, device: Device, model: Any) -> Iterator[La
             yield layout
 
 
-def longest(job: Job, world: int, device: Device, grid: tuple[int, int], text: int) -> tuple[int, Plan] | None:
+def longest(
+    job: Job, world: int, device: Device, grid: tuple[int, int], text: int, node: int | None
+) -> tuple[int, Plan] | None:
     """The most frames of H x W patches of which one sample a data-parallel rank fits on so many devices, to a hundredth, and
     the fastest layout for it."""
 
@@ -156,7 +158,7 @@ def longest(job: Job, world: int, device: Device, grid: tuple[int, int], text: i
         return made
 
     def fits(frames: int) -> bool:
-        return any(True for _ in with_room(make(frames), world, device, job.model))
+        return any(True for _ in with_room(make(frames), world, device, job.model, node))
 
     low, high = 0, 1
     while fits(high):
@@ -166,7 +168,7 @@ def longest(job: Job, world: int, device: Device, grid: tuple[int, int], text: i
         low, high = (middle, high) if fits(middle) else (low, middle)
     if low == 0:
         return None
-    plan = search(make(low), layouts(world, device.node, job.model), device, job.model)[0].plan
+    plan = search(make(low), layouts(world, device.node, job.model), device, job.model, node)[0].plan
     return (low, plan) if plan is not None else None
 
 

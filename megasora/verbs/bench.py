@@ -32,7 +32,18 @@ from megasora.schema import Config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(
-        parser, "bench", "data", "model", "stages", "optim", "vae", "parallel", "precision", required=False
+        parser,
+        "bench",
+        "engine",
+        "data",
+        "model",
+        "objective",
+        "stages",
+        "optim",
+        "vae",
+        "parallel",
+        "precision",
+        required=False,
     )
     parser.add_argument("--data", choices=("shards", "synthetic"), default="shards", help="where latents come from")
     parser.add_argument(

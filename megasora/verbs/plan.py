@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     mixture = find_mixture(config, stage, args.text_tokens, data)
     if config.parallel.memory:
         device = replace(device, memory=config.parallel.memory * GIB + device.reserved)
+    node = None if config.parallel.across_nodes else device.node
     kernels, encoders = device.name != "cpu", encoder_bytes(config)
 
     def make(tried: Layout, policy: Recompute, often: int) -> tuple[Job, Sequence[Step]]:
@@ -113,29 +114,29 @@ def run(args: argparse.Namespace) -> None:
         return job_of(config, tried, steps, policy, often, kernels, encoders), steps
 
     if args.fewest:
-        found = fewest(make, device, config.model)
+        found = fewest(make, device, config.model, node)
         if found is None:
             raise ConfigError(f"--fewest: no number of {device.name}s up to 16384 holds this job")
         show(args, facts(found, mixture, config))
         return
     every_layout = layouts(layout.world, device.node, config.model)
     if args.search:
-        candidates = search(make, every_layout, device, config.model)
+        candidates = search(make, every_layout, device, config.model, node)
         if candidates[0].plan is None:
             raise ConfigError(f"--world={layout.world}: no layout of so many {device.name}s fits; try --fewest")
         show(args, facts(candidates[0].plan, mixture, config), ranking(candidates, args.top))
         return
-    check_layout(config.model, layout, None if config.parallel.across_nodes else device.node)
+    check_layout(config.model, layout, node)
     job, steps = make(layout, *settled(config, make, layout, device))
     if args.longest:
-        report_longest(args, config, job, device, stage, mixture)
+        report_longest(args, config, job, device, node, stage, mixture)
         return
     if args.dry_run:
         report_dry_run(args, dry_run(config, job, args.rank, args.rows))
         return
     plan = build_plan(job, steps, device)
     if not plan.fits:
-        raise refuse(plan, nearest(search(make, every_layout, device, config.model), layout))
+        raise refuse(plan, nearest(search(make, every_layout, device, config.model, node), layout))
     answer = facts(plan, mixture, config)
     if args.tokens or args.samples:
         answer["budget"] = budget(plan, args.tokens, args.samples)
@@ -165,14 +166,14 @@ def find_stage(config: Config, name: str) -> Any:
 
 
 def report_longest(
-    args: argparse.Namespace, config: Config, job: Job, device: Device, stage: Any, mixture: Mixture
+    args: argparse.Namespace, config: Config, job: Job, device: Device, node: int | None, stage: Any, mixture: Mixture
 ) -> None:
     """In pixel frames and in seconds at encode.fps (or that of `sample`). Raises ConfigError where not even a picture fits."""
     bucket = max(buckets_of(stage.buckets), key=lambda bucket: bucket.height * bucket.width)
     compression, patch = config.vae.compression, config.model.patch
     _, H, W = patches_of(bucket, compression, patch)
     text = (args.text_tokens or UNKNOWN_TEXT) if config.model.text_width else 0
-    found = longest(job, job.layout.world, device, (H, W), text)
+    found = longest(job, job.layout.world, device, (H, W), text, node)
     if found is None:
         raise ConfigError(
             f"--longest: not even one frame of {bucket.height}x{bucket.width} fits on {job.layout.world} devices"

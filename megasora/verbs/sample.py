@@ -40,7 +40,7 @@ from megasora.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "sample", "run", "data", "encode", "model", "objective", "parallel")
+    add_config_argument(parser, "sample", "run", "data", "encode", "model", "objective", "flow", "gaussian", "parallel")
     parser.add_argument("--json", action="store_true", help="print the files as one JSON object")
 
 
@@ -97,7 +97,7 @@ def sample(config: Config) -> list[Path]:
 
 def default_directory(config: Config, step: int) -> Path:
     """A name of its own for each way to ask: what is asked for later replaces neither that nor the run's own samples."""
-    asked = xxhash.xxh3_64_hexdigest(repr(config.sample))[:8]
+    asked = xxhash.xxh3_64_hexdigest(repr(config.sample).encode())[:8]
     return Path(config.run.dir) / "samples" / f"step-{step:08d}-{asked}"
 
 

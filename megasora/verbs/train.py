@@ -17,8 +17,8 @@ from megasora.trainer import train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(
-        parser, "run", "data", "model", "flow", "optim", "stages", "parallel", "precision", "checkpoint", "sample",
-        "observe", "profile",
+        parser, "engine", "objective", "run", "data", "encode", "model", "flow", "gaussian", "optim", "stages", "parallel",
+        "precision", "deepspeed", "checkpoint", "spikes", "eval", "sample", "observe", "profile",
     )  # fmt: skip
 
 

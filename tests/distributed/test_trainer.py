@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data_pipelines.batches.loader import Replacement
 from megasora import trainer as module
 from megasora.cluster.heartbeat import Heartbeat
 from megasora.observe.profiler import ProfileConfig, StepProfiler
 from megasora.schema import Config, Stage
 from megasora.segments import Segment
 from megasora.trainer import Trainer
+from megasora.training_data import settle_replacements
 from tests.harness import run_distributed
 
 
@@ -42,6 +44,35 @@ def asked_on_rank_one() -> bool:
 
 def test_all_stop_when_one_is_asked_to() -> None:
     assert run_distributed(asked_on_rank_one, 2) == [True, True]
+
+
+def read_differently() -> tuple[int, list[dict[str, Any]], str]:
+    """Ranks 0 and 1 share one row, ranks 2 and 3 another: both of the latter had to replace a sample, of the former rank 1."""
+    rank = dist.get_rank()
+    bad = Replacement(rank // 2, "torn", "0.tar", "truncated", "whole")
+    keys = {rank // 2: "torn" if rank == 0 else "whole"}
+    events: list[dict[str, Any]] = []
+    group = SimpleNamespace(device=torch.device("cpu"), world=4)
+    trainer = bare(stop=False, group=group, event=lambda kind, **facts: events.append(facts))
+    batch = SimpleNamespace(replacements=[bad] * (rank > 0), buckets={}, own=keys)
+    try:
+        trainer.next_batch(iter([batch]), 0)
+    except RuntimeError as error:
+        return trainer.bad_samples, events, str(error)
+    return trainer.bad_samples, events, ""
+
+
+def test_ranks_that_share_a_row_do_not_train_on_different_samples() -> None:
+    for _, events, error in run_distributed(read_differently, 4):
+        assert [(e["position"], e["by"]) for e in events] == [(0, "whole"), (1, "whole")]  # each once, before the end
+        assert "ranks that share a row read torn and whole" in error
+
+
+def test_a_replacement_counts_once() -> None:
+    one = Replacement(7, "torn", "0.tar", "truncated", "whole")
+    two = Replacement(3, "gone", "1.tar", "missing", "other")
+    own = [{7: "whole"}, {7: "whole", 3: "other"}]
+    assert settle_replacements([[one], [one, two]], own) == ([two, one], "")
 
 
 class FarEnoughError(Exception):

@@ -1,5 +1,6 @@
 """What training reads: latents or raw clips, several data sets, data that changes under a run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,11 @@ def test_a_mixture_of_two_data_sets(road: Road) -> None:
 
 def test_costs_measured_by_bench_balance_the_next_run(road: Road) -> None:
     costs = road.directory / "costs.json"
-    road.run("bench", "--data=synthetic", f"--bench.costs={costs}", "--bench.steps=1", "--bench.warmup=0")
+    measured = ("--data=synthetic", f"--bench.costs={costs}", "--bench.steps=1", "--bench.warmup=0")
+    report = json.loads(road.run("bench", *measured, "--parallel.recompute=auto", "--json").stdout)
+    assert report["config"]["parallel"]["recompute"] == "none"  # what was settled on, for those who read the report
+    refused = road.run("bench", *measured, nproc=2, code=2)
+    assert f"bench.costs={costs}: measured on one process, not on 2" in refused.stderr
     run = road.directory / "measured"
     road.run("train", f"--run.dir={run}", f"--data.costs={costs}", "--run.steps=2", nproc=2)
     assert all(m["imbalance"] >= 1 for m in history(run))

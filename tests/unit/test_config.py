@@ -72,6 +72,9 @@ def test_the_unknown_key_exits_2_with_one_line(capsys: pytest.CaptureFixture[str
         ("--observe.every=0", "observe.every=0"),
         ("--bench.steps=0", "bench.steps=0"),
         ("--model.patch=[1,2]", "model.patch"),
+        ("--precision.fp8_gather=true", "fp8_gather=true: weights are gathered as fp8 with precision.fp8=tensor"),
+        ("--checkpoint.keep_best=1", "checkpoint.keep_best=1: goes by the loss of eval.loss_every"),
+        ("--checkpoint.durable_every=5", "durable_every=5: there is no `durable` to copy to"),
     ],
 )
 def test_bad_overrides(override: str, message: str) -> None:

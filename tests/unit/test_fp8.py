@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megasora.engines.torch_native import EngineConfig
 from megasora.errors import ConfigError
 from megasora.models.families import PRESETS, build_model
 from megasora.models.flops import forward_macs
@@ -174,8 +175,8 @@ def test_recipes_that_cannot_run_are_one_line() -> None:
         fp8.check_fp8("row", 90)
     with pytest.raises(ConfigError, match="multiples of 16"):
         list(fp8.fp8_layers(nn.Linear(8, 8)))
-    with pytest.raises(ConfigError, match="gathered as fp8"):
-        fp8.to_fp8(build(), "row", gather_fp8=True)
+    with pytest.raises(ValueError, match=r"fp8_gather=true: .* with precision\.fp8=tensor, not row"):
+        EngineConfig(precision="bf16", fp8="row", fp8_gather=True)
 
 
 @RECIPES

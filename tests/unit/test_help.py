@@ -1,6 +1,7 @@
 """Every command teaches: its --help ends with examples, and each of them is one that its own parser takes."""
 
 import argparse
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import pytest
 from megasora.cli import VERBS, build_parser, check_command, parse_verb, verb_parser
 from megasora.config import load_config
 from megasora.errors import ConfigError
+from megasora.keys import describe
+from megasora.schema import Config
 from megasora.verbs.launch_slurm import check, read_command
 from tests.integration.conftest import ROOT
 
@@ -85,3 +88,20 @@ def test_a_rotten_example_is_found(line: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError):
         take(line.split())
+
+
+@pytest.mark.parametrize("section", [field.name for field in dataclasses.fields(Config)])
+def test_a_key_is_shown_as_it_is_given(section: str) -> None:
+    """What --help prints of it, given on the command line, changes nothing."""
+    lines = "\n".join(describe(section))
+    shown = [line for line in re.findall(r"^  (--\S+?=.*?)(?:  .*)?$", lines, re.M) if not line.endswith("=")]
+    assert shown or section == "profile"
+    assert load_config(None, shown) == Config()
+
+
+def test_keys_are_explained_by_what_stands_beside_them() -> None:
+    optim, parallel = "\n".join(describe("optim")), "\n".join(describe("parallel"))
+    assert re.search(r"--optim.fused=torch +torch \| apex \| te; whose AdamW kernels: torch's own, apex's", optim)
+    assert re.search(r"--parallel.memory=0.0 +GiB of a device that recompute=auto may fill; 0: all", parallel)
+    assert re.search(r"^  parallel: How the processes share the work", parallel, re.M)
+    assert re.search(r"--model.text_width=128 +of the text encoder's embeddings", "\n".join(describe("model")))

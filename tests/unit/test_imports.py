@@ -24,7 +24,7 @@ LAYERS = [
         "megasora.training_data",
         "megasora.encoders",
     ),
-    ("megasora.config",),
+    ("megasora.config", "megasora.keys"),
     ("megasora.schema",),
     ("megasora.microbatch",),
     ("megasora.vae_training",),

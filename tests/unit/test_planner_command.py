@@ -161,6 +161,18 @@ def test_the_page_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (code, "--html=" in err) == (2, True)
 
 
+def test_a_search_goes_across_nodes_where_it_may(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 24 devices in nodes of 8: Ulysses groups of 12, which hold all heads."""
+    asked = ("--config", CONFIG, "--world", "24", "--search", "--top", "9999", "--json")
+    wide = []
+    for allowed in ("false", "true"):
+        code, out, err = plan(capsys, *asked, f"--parallel.across_nodes={allowed}")
+        assert code == 0, err
+        wide.append([row["layout"] for row in json.loads(out)["layouts"] if "cp12x" in row["layout"]])
+    assert wide[0] == []
+    assert wide[1]
+
+
 def test_bars_are_as_long_as_their_parts() -> None:
     drawn = stacked_bars([Bar("a", {"x": 3.0, "y": 1.0}), Bar("b", {"y": 2.0})], "s", limit=5.0)
     widths = [float(part.split('"')[0]) for part in drawn.split(' width="')[1:] if 'height="18"' in part]

@@ -223,6 +223,15 @@ def test_the_durable_tier(kind: str, request: pytest.FixtureRequest, tmp_path: P
     assert values(resume_path(root, str(far[0].path)).path) == {4}
 
 
+def test_copies_are_made_whatever_the_steps_of_the_saves_are(tmp_path: Path) -> None:
+    """Saves whose steps follow from a clock need not fall on multiples of `durable_every`; the last one is always copied."""
+    made, copied = saver(tmp_path, durable=str(tmp_path / "far"), durable_every=5), []
+    for step in (3, 7, 11, 13, 14):
+        made.start(step, make(step), {}, last=step == 14)
+        copied += [step] if done(made).durable else []
+    assert copied == [7, 13, 14]
+
+
 def test_a_copy_without_its_manifest_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the job died in the middle, also of replacing a copy that was there."""
     far = UPath(f"memory://{tmp_path.name}")
