@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from megasora.parallel.zero import local
 from megasora.planner.fitting import settle_recompute
 from megasora.planner.watch import moved, watching
 from megasora.schema import Config
+from megasora.segments import find_stage
 from megasora.training_data import build_loader, open_data, synthetic_data
 
 TEXT_TOKENS = 64  # of a synthetic caption
@@ -46,12 +48,14 @@ PARTS = ("data_wait", "microbatch", "forward_backward", "clip", "update")
 
 
 def bench(config: Config, synthetic: bool) -> dict[str, Any]:
-    """Runs updates of the first stage: until they are steady, then bench.steps that count; all ranks return the same result.
+    """Runs updates of one stage: until they are steady, then bench.steps that count; all ranks return the same result.
 
     Times are the main process's medians. A step's FLOPs are the closed form of its samples; `mfu` is over the device's dense
     peak, `mfu_gemm` over the best matrix product of this very run. What cannot be timed from outside is found in steps that
     follow and do not count: `profiled` under torch's profiler, `memory_by_part` by watching what lives.
     """
+    if config.bench.stage:
+        config = replace(config, stages=(find_stage(config, "bench.stage", config.bench.stage),))
     with processes(config.parallel.layout) as group:
         data = synthetic_data(config, TEXT_TOKENS) if synthetic else open_data(config, group.device)
         check_fit(config, group, data.facts)

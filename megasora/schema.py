@@ -186,8 +186,9 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """`bench`: measured steps after warm-up. `--data=synthetic` draws latents of the first stage's buckets, no files needed."""
+    """`bench`: measured steps of one stage after warm-up."""
 
+    stage: str = ""  # which, by name; default: the first
     warmup: int = 3  # steps at least; it goes on until times show no trend, for 12 more at most. 0: none
     steps: int = 16
     rounds: int = 8  # of these steps, each after a measurement of the matrix product that it is compared by

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megasora.errors import ConfigError
 from megasora.schema import Config, Stage
 
 
@@ -31,3 +32,11 @@ def segments_of(config: Config, breaks: Sequence[int] = ()) -> list[Segment]:
                 segments.append(Segment(len(segments), stage, first, begin, stop))
         first += stage.steps
     return segments
+
+
+def find_stage(config: Config, key: str, name: str) -> Stage:
+    """The stage of that name. Raises ConfigError, naming the key that asked for it."""
+    for stage in config.stages:
+        if stage.name == name:
+            return stage
+    raise ConfigError(f"{key}={name}: the config has {', '.join(stage.name for stage in config.stages)}")

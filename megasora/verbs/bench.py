@@ -1,11 +1,12 @@
-"""Measures the training step: warm-up until it is steady, then so many steps: their median and spread, parts, tokens/s, MFU.
+"""Measures the training step of a stage (the first; --bench.stage names another): warm-up until it is steady, then so many steps:
+their median and spread, parts, tokens/s, MFU.
 
-With --data=synthetic it draws latents of the stages' buckets itself and needs no files. --bench.against=OLD.json compares
+With --data=synthetic it draws latents of the stage's buckets itself and needs no files. --bench.against=OLD.json compares
 with an earlier result, in units of each run's own matrix product, and exits 1 when the step got slower by more than the noise.
 --sweep measures every combination of values, in turn and --rounds times over, each on the processes that its layout asks for.
 
 examples:
-  megasora bench --config configs/demo.yaml --data=synthetic
+  megasora bench --config configs/demo.yaml --data=synthetic --bench.stage=video
   megasora launch local --nproc 2 bench --config configs/demo.yaml --data=synthetic --parallel.layout=dp2,zero3 --json
   megasora bench --config configs/demo.yaml --data=synthetic --sweep 'parallel.layout=dp2;dp2,zero3;dp1,tp2' --html bench.html
   megasora bench --trend benchmarks/reports --html trend.html
@@ -32,19 +33,9 @@ from megasora.schema import Config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(
-        parser,
-        "bench",
-        "engine",
-        "data",
-        "model",
-        "objective",
-        "stages",
-        "optim",
-        "vae",
-        "parallel",
-        "precision",
+        parser, "bench", "engine", "objective", "data", "model", "stages", "optim", "vae", "parallel", "precision",
         required=False,
-    )
+    )  # fmt: skip
     parser.add_argument("--data", choices=("shards", "synthetic"), default="shards", help="where latents come from")
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=A;B", help="every combination; several times"

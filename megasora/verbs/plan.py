@@ -43,6 +43,7 @@ from megasora.planner.search import Make, best_policy, fewest, layouts, longest,
 from megasora.planner.step_time import Step
 from megasora.planner.tables import ranking, ranking_table, table
 from megasora.schema import Config
+from megasora.segments import find_stage
 from megasora.training_data import UNKNOWN_TEXT, open_data
 
 
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     layout = parse_layout(config.parallel.layout, args.world)
     config = check_unit(config, layout)
     device = find_device(args.gpu, config.precision.precision)
-    stage = find_stage(config, args.stage)
+    stage = find_stage(config, "--stage", args.stage or config.stages[-1].name)
     data = open_data(config, torch.device("cpu")) if args.data == "shards" else None
     mixture = find_mixture(config, stage, args.text_tokens, data)
     if config.parallel.memory:
@@ -155,14 +156,6 @@ def list_presets(args: argparse.Namespace) -> None:
         return
     for name, found in presets.items():
         print(f"{name:<22} {found['family']:<10} {found['parameters']:>16,}")
-
-
-def find_stage(config: Config, name: str) -> Any:
-    """The stage of that name, by default the last. Raises ConfigError."""
-    for stage in reversed(config.stages):
-        if name in ("", stage.name):
-            return stage
-    raise ConfigError(f"--stage={name}: the config has {', '.join(stage.name for stage in config.stages)}")
 
 
 def report_longest(
