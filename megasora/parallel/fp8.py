@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megasora_kernels.fp8_linear import fp8_linear
 from torch import Tensor, nn
@@ -201,13 +200,13 @@ def te_linear(layer: nn.Module) -> nn.Module:
     return new
 
 
-def fp8_context(recipe: FP8, group: dist.ProcessGroup | None = None) -> AbstractContextManager[Any]:
-    """What forward passes run in; `group` are the ranks whose largest values are one."""
+def fp8_context(recipe: FP8) -> AbstractContextManager[Any]:
+    """What forward passes run in."""
     if recipe not in TE:
         return nullcontext()
     from transformer_engine.pytorch import autocast
 
-    return autocast(enabled=True, recipe=te_recipe(recipe), amax_reduction_group=group)
+    return autocast(enabled=True, recipe=te_recipe(recipe))
 
 
 def fp8_tensors(model: nn.Module) -> dict[str, Tensor]:

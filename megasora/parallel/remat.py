@@ -29,7 +29,7 @@ DEAR = re.compile(
 
 def recompute(blocks: Iterable[nn.Module], how: str) -> None:
     """Makes blocks recompute themselves: none, full, selective, or everyK (the first of each K); auto, where nobody has chosen
-    for want of a backward pass, is none."""
+    (without a backward pass, and in parity, which no recomputation changes), is none."""
     if how in ("none", "auto"):
         return
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
