@@ -106,9 +106,12 @@ def run_verb(argv: list[str]) -> None:
 def _module(verb: str) -> ModuleType:
     """Imports a verb. Meanwhile the garbage collector would look at torch's million objects again and again, a fifth of the time
     of a start; nor need it do so afterwards."""
+    name = f"megasora.verbs.{verb.replace('-', '_')}"
+    if name in sys.modules:
+        return sys.modules[name]
     gc.disable()
     try:
-        return importlib.import_module(f"megasora.verbs.{verb.replace('-', '_')}")
+        return importlib.import_module(name)
     finally:
         gc.freeze()
         gc.enable()

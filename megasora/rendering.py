@@ -127,6 +127,12 @@ def write_video(stretches: Iterable[np.ndarray], settings: SampleConfig, path: P
     return np.stack(kept)
 
 
+def write_videos(videos: Sequence[tuple[str, np.ndarray]], wanted: SampleConfig, directory: Path) -> None:
+    """Of each (caption, uint8 [T, H, W, 3]) an mp4, and the contact sheet."""
+    previews = [write_video([video], wanted, directory / f"{i:02d}.mp4") for i, (_, video) in enumerate(videos)]
+    write_sheet(previews, [caption for caption, _ in videos], directory)
+
+
 def write_sheet(previews: Sequence[np.ndarray], captions: Sequence[str], directory: Path) -> Path:
     sheet = directory / "contact-sheet.png"
     contact_sheet(list(previews), list(captions), sheet, SHEET_COLUMNS)

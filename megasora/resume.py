@@ -8,8 +8,9 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from megasora.checkpoint.contents import fill, form_of, open_checkpoint
-from megasora.checkpoint.directory import list_checkpoints
-from megasora.checkpoint.load import load, read_facts, resume_path
+from megasora.checkpoint.directory import list_checkpoints, newest_first
+from megasora.checkpoint.fence import job_facts
+from megasora.checkpoint.load import load, read_facts, resume_path, verify
 from megasora.checkpoint.manifest import MANIFEST, Place, Problem, place_of, write_file
 from megasora.checkpoint.ranks import Ranks
 from megasora.config import flatten, to_dict
@@ -24,8 +25,9 @@ from megasora.training_data import TrainingData, describe_difference
 # Sections and keys that may differ between a checkpoint and the run that resumes it, because losses do not depend on them.
 # data.path may move: the index's fingerprint is what counts.
 FREE = (
-    "run", "engine", "deepspeed", "parallel", "observe", "checkpoint", "sample", "eval", "bench", "profile", "prepare",
-    "train_vae", "vae", "encode",
+    "run.dir", "run.steps", "run.resume", "run.init_from", "run.init_rules", "run.allow_change", "run.determinism",
+    "engine", "deepspeed", "parallel", "observe", "checkpoint", "sample", "eval", "bench", "profile", "prepare", "train_vae",
+    "vae", "encode",
     "model.attention", "model.preset", "data.path", "data.capacity", "data.row_multiple", "data.costs", "data.segments",
     "data.prefetch", "data.readers", "data.workers", "data.cache", "data.cache_gb", "data.max_replacements",
 )  # fmt: skip
@@ -43,6 +45,7 @@ class Start:
     obey: dict[int, dict[int, str]]  # segment -> position -> key
     breaks: tuple[int, ...] = ()  # steps at which the data was changed on purpose
     recent: list[list[float]] = field(default_factory=list)  # losses and gradient norms: what a spike is measured by
+    resumed_from: str = ""  # the checkpoint by whose path this run, or an earlier attempt at it, was told to go on
 
 
 def find_start(config: Config, data: TrainingData) -> Start:
@@ -52,17 +55,21 @@ def find_start(config: Config, data: TrainingData) -> Start:
     """
     run = Path(config.run.dir)
     root = run / "checkpoints"
-    if config.run.resume == "none" and list_checkpoints(root):
-        raise ConfigError(f"run.resume=none: {run} has checkpoints; give another run.dir, or run.resume=auto to go on")
-    if config.run.resume not in ("auto", "none") and not (place_of(config.run.resume) / MANIFEST).exists():
+    how = gone_on(root, config.run.resume) if is_restart() else config.run.resume
+    for key, place in (("run.dir", root), ("checkpoint.durable", config.checkpoint.durable)):
+        if how == "none" and place and list_checkpoints(place_of(place)):
+            raise ConfigError(
+                f"run.resume=none: {place} has checkpoints; give another {key}, or run.resume=auto to go on"
+            )
+    if how not in ("auto", "none") and not (place_of(how) / MANIFEST).exists():
         raise CheckpointError(
-            f"run.resume={config.run.resume}: no checkpoint here; name a step directory, RUN/checkpoints/step-XXXXXXXX"
+            f"run.resume={how}: no checkpoint here; name a step directory, RUN/checkpoints/step-XXXXXXXX"
         )
     if config.run.init_from and not is_source(place_of(config.run.init_from)):
         raise CheckpointError(
             f"run.init_from={config.run.init_from}: no checkpoint here; name a step directory or one of diffusers"
         )
-    resume = resume_path(root, config.run.resume, config.checkpoint.durable)
+    resume = resume_path(root, how, config.checkpoint.durable)
     obey = logged_replacements(run)
     if resume.path is None:
         return Start(0, None, resume.rejected, obey)
@@ -71,7 +78,33 @@ def find_start(config: Config, data: TrainingData) -> Start:
     if check_same_run(facts, config, data, resume.path):
         log.info("other data than before: a new segment begins after step %d", step)
         breaks = (*(b for b in breaks if b < step), step)
-    return Start(step, resume.path, resume.rejected, obey, breaks, facts.get("recent", []))
+    named = facts.get("resumed_from", "") if config.run.resume in ("auto", "none") else config.run.resume
+    return Start(step, resume.path, resume.rejected, obey, breaks, facts.get("recent", []), named)
+
+
+def is_restart() -> bool:
+    """Whether the scheduler or the launcher has started this very command before."""
+    facts = job_facts()
+    return (facts["restart"], facts["attempt"]) > (0, 0)
+
+
+def gone_on(root: Path, resume: str) -> str:
+    """What a restart makes of `run.resume`: the newest good checkpoint that was saved since the run began as it says, else what
+    it says. All ranks call it."""
+    if resume in ("auto", "none"):
+        return "auto"
+    since = Ranks().first(
+        f"listing {root}",
+        lambda: [info.path for info in newest_first(root) if info.complete and resumed_from(info.path) == resume],
+    )
+    return str(next((path for path in since if not verify(path)), resume))
+
+
+def resumed_from(path: Place) -> str:
+    try:
+        return str(read_facts(path).get("resumed_from", ""))
+    except CheckpointError:
+        return ""
 
 
 def load_start(start: Start, config: Config, engine: Engine) -> None:
@@ -80,21 +113,22 @@ def load_start(start: Start, config: Config, engine: Engine) -> None:
         log.warning("passing over %s: %s: %s", path, problems[0].file, problems[0].reason)
     if start.source is not None:
         engine.materialise_optimizer()
-        if form_of(start.source) == "sharded":
-            load(start.source, engine.tensors(), verified=True)
-        else:
-            fill_from(start.source, engine)
-        engine.loaded()
+        load_from(start.source, engine)
     elif config.run.init_from:
         init_from(place_of(config.run.init_from), config, engine, Path(config.run.dir))
         engine.loaded()
 
 
-def fill_from(path: Place, engine: Engine) -> None:
-    """A checkpoint of another form, verified already. All ranks call it, each reads whole tensors."""
-    ranks = Ranks()
-    source = ranks.every(f"loading {path}", lambda: open_checkpoint(path, verified=True))
-    ranks.every(f"loading {path}", lambda: fill(engine.tensors(), source))
+def load_from(path: Place, engine: Engine) -> None:
+    """Fills the engine with a checkpoint of any form, verified already. All ranks call it; of other forms than training's own
+    each reads whole tensors."""
+    if form_of(path) == "sharded":
+        load(path, engine.tensors(), verified=True)
+    else:
+        ranks = Ranks()
+        source = ranks.every(f"loading {path}", lambda: open_checkpoint(path, verified=True))
+        ranks.every(f"loading {path}", lambda: fill(engine.tensors(), source))
+    engine.loaded()
 
 
 def check_same_run(facts: dict[str, Any], config: Config, data: TrainingData, path: Place) -> bool:

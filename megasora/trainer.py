@@ -17,7 +17,7 @@ from data_pipelines.errors import DataError
 from megasora.build import build_engine, build_recipe, build_tally, check_fit, open_boards, open_run_directory
 from megasora.checkpoint.directory import latest
 from megasora.checkpoint.fence import take_fence
-from megasora.checkpoint.load import load, resume_path
+from megasora.checkpoint.load import read_facts, verify
 from megasora.checkpoint.ranks import Ranks
 from megasora.checkpoint.save import prune
 from megasora.checkpoint.saver import Saver
@@ -41,8 +41,8 @@ from megasora.observe.spikes import SpikeWatch
 from megasora.parallel.mesh import Processes, node_report, processes, rank, ranks_of_nodes, spans
 from megasora.planner.check import check_plan, device_here
 from megasora.planner.fitting import settle_recompute
-from megasora.rendering import write_sheet, write_video
-from megasora.resume import find_start, load_start, save_digests
+from megasora.rendering import write_videos
+from megasora.resume import find_start, load_from, load_start, save_digests
 from megasora.schema import Config, Stage
 from megasora.segments import Segment, segments_of
 from megasora.training_data import build_loader, check_current, open_data, settle_replacements
@@ -85,7 +85,8 @@ class Trainer:
         )
         self.unsaved: CheckpointError | None = None  # why the last save failed, if it did
         self.watch = SpikeWatch(config.spikes, start.recent)
-        self.step, self.obey, self.breaks = start.step, start.obey, start.breaks
+        self.step, self.obey, self.breaks, self.resumed_from = start.step, start.obey, start.breaks, start.resumed_from
+        self.good = start.source  # the newest checkpoint of this continuation of the run
         self.segments = segments_of(config, self.breaks)
         self.last = self.segments[-1].end
         self.profiler = StepProfiler(config.profile, self.run_dir, group.device, group.rank)
@@ -102,6 +103,7 @@ class Trainer:
         self.parts: dict[str, float] = {}  # seconds of the last step
         self.bad_samples = self.skipped = 0
         self.save_seconds = 0.0  # of the last one in this attempt
+        self.hurried = False  # whether a scheduler has set a time to stop by
         self.step_times: deque[float] = deque(maxlen=50)
         nodes = ranks_of_nodes(group, node_name())
         self.event("start", step=self.step, checkpoint=str(start.source), world=group.world, layout=str(group.layout),
@@ -156,12 +158,12 @@ class Trainer:
 
             if stopping and self.too_late():
                 raise StoppedEarly(f"{self.stop.signal}: stopped after step {self.step}, with no time left to save it")
-            score = self.evaluate(stage) if self.due(self.config.eval.loss_every) else None
+            score = self.evaluate(stage) if self.due(self.config.eval.loss_every) and not self.hurried else None
             final = self.step == self.last or stopping
             if self.saver.due(self.step) or final:
                 self.save(segment, score)
             if final and self.saver.step is not None:
-                self.finish_save()
+                self.finish_save(copy=not self.hurried)
             if stopping and self.step < self.last:
                 raise self.stopped_early()
             if self.due(self.config.eval.every):
@@ -203,15 +205,16 @@ class Trainer:
         return loss, grad_norm
 
     def roll_back(self) -> None:
-        """Weights and optimizer of the newest good checkpoint; the order of the data goes on where it is."""
+        """Weights and optimizer of this run's newest checkpoint; the order of the data goes on where it is."""
+        self.beat.enter(self.step + 1, "start")
         if self.saver.step is not None:
             self.finish_save()
-        path = resume_path(self.run_dir / "checkpoints", "auto", self.config.checkpoint.durable).path
-        if path is None:
-            log.warning("no checkpoint to roll back to: the step is skipped")
+        path = self.good
+        if path is None or verify(path):
+            log.warning("no good checkpoint to roll back to: the step is skipped")
             return
-        facts = load(path, self.engine.tensors(), verified=True)
-        self.engine.loaded()
+        load_from(path, self.engine)
+        facts = read_facts(path)
         self.watch = SpikeWatch(self.config.spikes, facts.get("recent", []))
         self.event("rollback", step=self.step + 1, to=facts["step"], path=str(path))
         log.warning("rolled back to the weights of step %d", facts["step"])
@@ -227,9 +230,11 @@ class Trainer:
         replaced: list[Replacement] = batch.replacements if batch else []
         self.own_wait = time.perf_counter() - begin
         self.beat.enter(self.step + 1, "agree", " ".join(batch.buckets) if batch else "")
-        flags = torch.tensor([bool(self.stop), bool(failure), len(replaced), self.saver.done], device=self.group.device)
-        dist.all_reduce(flags)
-        stopping, failed, bad, saved = flags.tolist()
+        hurried = math.isfinite(self.stop.seconds_left)
+        flags = [bool(self.stop), bool(failure), len(replaced), self.saver.done, hurried]
+        agreed = torch.tensor(flags, device=self.group.device)
+        dist.all_reduce(agreed)
+        stopping, failed, bad, saved, self.hurried = agreed.tolist()
         if saved == self.group.world:
             self.finish_save()
         if failed or bad:
@@ -279,16 +284,18 @@ class Trainer:
         """Begins a checkpoint of everything that the next step depends on. Randomness needs none: it follows from positions."""
         self.beat.enter(self.step, "save")
         if self.saver.step is not None:
-            self.finish_save()
+            self.finish_save(copy=False)
         if self.saver.step is not None:  # it hangs
             return
         facts = {
             "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first,
             "breaks": list(self.breaks), "config": to_dict(self.config), "fingerprint": self.data.fingerprint,
-            "layout": str(self.group.layout), "world": self.group.world, "recent": list(self.watch.recent), "score": score,
+            "layout": str(self.group.layout), "world": self.group.world, "recent": list(self.watch.recent),
+            "resumed_from": self.resumed_from, "score": score if score is not None and math.isfinite(score) else None,
         }  # fmt: skip
         try:
-            self.saver.start(self.step, self.engine.tensors(), facts, last=self.step == self.last)
+            durable = True if self.step == self.last else False if self.hurried else None
+            self.saver.start(self.step, self.engine.tensors(), facts, durable=durable)
             check = self.fence.check if self.fence else lambda: None
             own = self.engine.save_own(self.run_dir / "deepspeed", self.step, facts, check)
             if own is not None:
@@ -299,26 +306,26 @@ class Trainer:
         if not self.config.checkpoint.background and self.saver.step is not None:
             self.finish_save()
 
-    def finish_save(self) -> None:
-        """Waits for the save in flight. A failure is no reason to stop: the last good checkpoint is still there."""
+    def finish_save(self, copy: bool = True) -> None:
+        """Waits for the save in flight, and for its copy. A failure is no reason to stop: the last good checkpoint is there."""
         step = self.saver.step
         try:
-            saved = self.saver.finish()
+            saved, copied = self.saver.finish(copy=copy, patience=self.stop.seconds_left), self.saver.copied()
         except Superseded:
             raise
         except CheckpointError as error:
             self.not_saved(error)
             return
         if saved is None:
-            timeout = self.config.checkpoint.timeout
-            self.not_saved(
-                CheckpointError(f"the save of step {step} hangs for more than {timeout:.0f} s; look at the storage")
-            )
+            self.not_saved(CheckpointError(f"the save of step {step} hangs; look at the storage"))
             return
-        self.unsaved, self.save_seconds = None, saved.seconds
-        if saved.durable_failure:
-            self.event("copy_failed", step=saved.step, reason=saved.durable_failure)
-            log.warning("saved, but not copied to the durable store: %s", saved.durable_failure)
+        self.unsaved, self.save_seconds, self.good = None, saved.seconds, saved.path
+        for of in filter(None, (copied, saved)):
+            if of.durable_failure:
+                self.event("copy_failed", step=of.step, reason=of.durable_failure)
+                log.warning("step %d is saved, but not copied to the durable store: %s", of.step, of.durable_failure)
+        if copied and copied.durable:
+            self.event("copy", step=copied.step, durable=str(copied.durable), seconds=round(copied.durable_seconds, 3))
         self.event("save", step=saved.step, path=str(saved.path), seconds=round(saved.seconds, 3),
                    blocked_s=round(saved.blocked, 3), durable=str(saved.durable or ""))  # fmt: skip
         log.info("saved %s in %.1f s, of which training waited %.1f s", saved.path, saved.seconds, saved.blocked)
@@ -340,7 +347,8 @@ class Trainer:
 
     def too_late(self) -> bool:
         """Whether a save, judged by the last one, would outlast what a scheduler's warning leaves of the job. All ranks agree."""
-        late = torch.tensor(float(self.stop.seconds_left < SAVE_MARGIN * self.save_seconds), device=self.group.device)
+        needed = SAVE_MARGIN * self.save_seconds * (1 if self.saver.step is None else 2)  # one is in flight
+        late = torch.tensor(float(self.stop.seconds_left < needed), device=self.group.device)
         dist.all_reduce(late, op=dist.ReduceOp.MAX)
         return bool(late.item())
 
@@ -356,9 +364,7 @@ class Trainer:
         self.event("eval", step=self.step, seconds=round(time.perf_counter() - begin, 3), **losses)
         if self.journal:
             self.journal.evaluation(losses, self.step)
-        log.info(
-            "eval after step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        )
+        log.info("eval after step %d: %s", self.step, ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         return losses["loss"]
 
     def show(self) -> None:
@@ -367,24 +373,18 @@ class Trainer:
         self.beat.enter(self.step, "show")
         videos = evaluation_videos(self.config, self.group, self.engine)
         if self.journal and videos:
+            directory = self.run_dir / "samples" / f"step-{self.step:08d}"
             try:
-                self.write_samples(self.journal, videos)
+                write_videos(videos, self.config.sample, directory)
+                log.info("samples in %s", directory)
             except OSError as error:
                 log.warning("samples cannot be written now: %s", error)
-            scores = score_videos(self.config.eval, videos)
-            if scores:
+            for i, (caption, video) in enumerate(videos):
+                self.journal.sample(f"samples/{i:02d}", video, self.config.sample.fps, caption, self.step)
+            if scores := score_videos(self.config.eval, videos):
                 self.event("scores", step=self.step, **scores)
                 self.journal.evaluation(scores, self.step)
             self.event("show", step=self.step, seconds=round(time.perf_counter() - begin, 3))
-
-    def write_samples(self, journal: Journal, videos: list[tuple[str, Any]]) -> None:
-        directory, fps = self.run_dir / "samples" / f"step-{self.step:08d}", self.config.sample.fps
-        previews = []
-        for i, (caption, video) in enumerate(videos):
-            previews.append(write_video([video], self.config.sample, directory / f"{i:02d}.mp4"))
-            journal.sample(f"samples/{i:02d}", video, fps, caption, self.step)
-        write_sheet(previews, [caption for caption, _ in videos], directory)
-        log.info("samples in %s", directory)
 
     def event(self, kind: str, **facts: Any) -> None:
         if self.journal:
@@ -392,7 +392,7 @@ class Trainer:
 
     def close(self) -> None:
         self.profiler.close()
-        self.saver.close()
+        self.saver.close(self.stop.seconds_left)
         if self.fence:
             self.fence.release()
         if self.journal:

@@ -1,10 +1,12 @@
 """Loads a checkpoint: first every file is checked, then that its tensors fit, and only then is anything overwritten."""
 
 import json
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,6 +19,8 @@ from megasora.checkpoint.manifest import FACTS, Place, Problem, damage, place_of
 from megasora.checkpoint.metadata import CheckedReader, SavedTensor, read_metadata, saved_tensors
 from megasora.checkpoint.ranks import Ranks, failure_of_dcp
 from megasora.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def verify(path: Place) -> list[Problem]:
     ranks = Ranks()
     share = ranks.every(f"verifying {path}", lambda: manifest.verify(path, rank=ranks.rank, world=ranks.world))
     shares = ranks.gather(share)
-    return sorted((problem for share in shares for problem in share), key=lambda problem: problem.file)
+    return sorted(
+        {problem for share in shares for problem in share}, key=lambda problem: (problem.file, problem.reason)
+    )
 
 
 def read_facts(path: Place) -> dict[str, Any]:
@@ -111,12 +117,29 @@ def candidates(root: Place, durable: str = "") -> tuple[list[Place], str]:
     """All checkpoints of a run, in the order in which to try them, and why those in `durable` cannot be listed, if so."""
     near, unreachable = newest_first(root), ""
     try:
-        far = newest_first(place_of(durable)) if durable else []
+        far = answered(lambda: newest_first(place_of(durable))) if durable else []
     except Exception as error:  # of whatever client the address needs
         far, unreachable = [], f"cannot be listed: {reason(error)}"
     # A copy has the time of its original, and the sort is stable: the nearer one comes first.
     order = sorted([*near, *far], key=lambda info: (info.time is None, info.time or 0, info.step), reverse=True)
     return [info.path for info in order], unreachable
+
+
+def answered(ask: Callable[[], T], seconds: float = 120.0) -> T:
+    """What a store answers. TimeoutError where it has none after so long, as a dead mount; the thread is left behind."""
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer after {seconds:.0f} s") from None
 
 
 def _check_fit(

@@ -163,17 +163,14 @@ def verify(
 ) -> list[Problem]:
     """Compares every file of a checkpoint with its manifest; an empty list means that it is good. Raises nothing.
 
-    Of `world` callers, each looks into its share of the files; `rank` 0 also reports on the manifest and on files that
-    are not in it. `on_bytes` is told the number of bytes read, from several threads.
+    Of `world` callers, each looks into its share of the files and reports a manifest that it cannot read; `rank` 0 also
+    reports on files that are not in it. `on_bytes` is told the number of bytes read, from several threads.
     """
     try:
         manifest = read_manifest(directory)
     except CheckpointError as error:
-        return (
-            [Problem(MANIFEST, str(error).removeprefix(f"{directory / MANIFEST}: ").removeprefix(f"{directory}: "))]
-            if rank == 0
-            else []
-        )
+        why = str(error).removeprefix(f"{directory / MANIFEST}: ").removeprefix(f"{directory}: ")
+        return [Problem(MANIFEST, why)]
     problems = _misnamed(directory, manifest) + _foreign_files(directory, manifest) if rank == 0 else []
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     share = by_size[rank::world]

@@ -113,8 +113,8 @@ def seal(temporary: Path, step: int, facts: dict[str, Any], check: Callable[[], 
     return commit(temporary, step, check)
 
 
-def prune(root: Place, config: CheckpointConfig, ranks: Ranks | None = None) -> list[Place]:
-    """Removes what the retention rule does not keep, never the newest complete one; returns what was removed.
+def prune(root: Place, config: CheckpointConfig, ranks: Ranks | None = None, spare: Place | None = None) -> list[Place]:
+    """Removes what the retention rule does not keep, never the newest complete one nor `spare`; returns what was removed.
 
     All ranks call it, rank 0 acts.
     """
@@ -122,7 +122,7 @@ def prune(root: Place, config: CheckpointConfig, ranks: Ranks | None = None) -> 
     def act() -> list[Place]:
         if isinstance(root, Path):
             clear_leftovers(root)
-        doomed = surplus(root, config)
+        doomed = [path for path in surplus(root, config) if path != spare]
         for path in doomed:
             remove(path)
         return doomed

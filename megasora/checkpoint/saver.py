@@ -1,10 +1,14 @@
-"""Saves while training goes on: the step waits for a copy in the host's memory, a thread of each rank does the rest."""
+"""Saves while training goes on: the step waits for a copy in the host's memory, a thread of each rank does the rest.
+
+That thread also copies some checkpoints to the durable store. When the next save is due before such a copy has ended, the copy
+goes on beside it: a store that is slow, or hangs, delays no save.
+"""
 
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,8 +41,21 @@ class Saved:
     durable_failure: str = ""
 
 
+@dataclass(eq=False)
+class _Flight:
+    """One save on its way. `near` is set when the checkpoint is complete: what may follow is its copy."""
+
+    step: int
+    ranks: Ranks  # by which the threads talk
+    near: Saved | None = None
+    outcome: Saved | BaseException | None = None
+    lost: bool = False  # the threads of the ranks may be at different collectives
+    thread: threading.Thread = field(default_factory=threading.Thread)
+
+
 class Saver:
-    """At most one save is in flight. All ranks call `start` and `finish` alike.
+    """At most one save is in flight, and at most one copy to the durable store. All ranks call `start`, `finish` and `copied`
+    alike.
 
     The threads of the ranks talk over a gloo group of their own, so that they never meet the collectives of training. `check`
     raises Superseded, on rank 0, when another job has taken over.
@@ -50,19 +67,23 @@ class Saver:
         self.root, self.config, self.device = root, config, device
         self.check = check or (lambda: None)
         self.ranks = Ranks()
-        self.behind = self._group()
-        self.step: int | None = None  # of the save in flight
-        self._thread: threading.Thread | None = None
-        self._outcome: Saved | BaseException | None = None
+        self._groups = [self._group()]  # that no thread uses
+        self._flight: _Flight | None = None
+        self._copying: _Flight | None = None  # whose checkpoint is complete and whose copy still goes on
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
         self._cost = self._durable_cost = 0.0  # seconds that the last save and the last copy took
         self._last = time.monotonic()
         self._durable_last, self._durable_step = -math.inf, 0
 
     @property
+    def step(self) -> int | None:
+        """Of the save in flight."""
+        return self._flight.step if self._flight else None
+
+    @property
     def done(self) -> bool:
         """Whether this rank's part of a save waits to be finished."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._flight is not None and not self._flight.thread.is_alive()
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`. Where the interval follows from time, rank 0's clock counts."""
@@ -75,34 +96,73 @@ class Saver:
         return math.sqrt(2 * self.config.failure_hours * 3600 * cost)
 
     def start(
-        self, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], *, last: bool = False
+        self, step: int, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], *, durable: bool | None = None
     ) -> None:
-        """Begins to save `tensors` as they are now; they may change when it returns. CheckpointError on all ranks. The `last`
-        one of a run is copied to the durable store in any case."""
-        assert self._thread is None, f"the save of step {self.step} is not finished"
+        """Begins to save `tensors` as they are now; they may change when it returns. CheckpointError on all ranks. `durable`:
+        whether to copy it to the durable store, if there is one; by default when that is due."""
+        assert self._flight is None, f"the save of step {self.step} is not finished"
         begin = time.perf_counter()
         shares = plan_shares(self.ranks, f"saving step {step} in {self.root}", tensors)
-        durable = self.ranks.gather(self._durable_due(step, last))[0]
+        wanted = self.ranks.gather(self._durable_due(step) if durable is None else durable)[0]
         if self.config.background:
             shares = replace(shares, pieces=self._copied(shares))
-        self.step, self._last = step, time.monotonic()
+        flight = _Flight(step, self._groups.pop() if self._groups else self._group())
+        self._flight, self._last = flight, time.monotonic()
         blocked = time.perf_counter() - begin
         # A daemon: a thread that hangs in a dead storage must not keep the process.
-        self._thread = threading.Thread(
-            target=self._run, args=(step, shares, facts, durable, begin, blocked), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        flight.thread = threading.Thread(
+            target=self._run, args=(flight, shares, facts, wanted and bool(self.config.durable), self._copying, begin, blocked),
+            name="checkpoint", daemon=True,
+        )  # fmt: skip
+        flight.thread.start()
 
-    def finish(self) -> Saved | None:
-        """Waits for the save in flight; None if it still hangs after `checkpoint.timeout`. CheckpointError if it failed."""
-        assert self._thread is not None
-        begin, deadline = time.perf_counter(), time.monotonic() + self.config.timeout
-        while not all(self.ranks.gather(self._joined(deadline))):
+    def finish(self, *, copy: bool = True, patience: float = math.inf) -> Saved | None:
+        """Waits for the save in flight, and for its copy unless that may go on beside training; None if it still hangs after
+        `checkpoint.timeout` or `patience`, seconds by rank 0's clock. CheckpointError if it failed."""
+        flight = self._flight
+        assert flight is not None
+        begin, deadline = time.perf_counter(), time.monotonic() + min(self.config.timeout, patience)
+
+        def settled() -> bool:
+            flight.thread.join(max(0.0, min(LOOK, deadline - time.monotonic())))
+            return not flight.thread.is_alive() or (not copy and flight.near is not None)
+
+        while not all(self.ranks.gather(settled())):
             if self.ranks.gather(time.monotonic() > deadline)[0]:
+                break
+        if any(self.ranks.gather(flight.thread.is_alive())):
+            if not all(self.ranks.gather(flight.near is not None)):
+                self._last = time.monotonic()  # the next one has to wait its time, too
                 return None
+            saved, self._flight, self._copying = flight.near, None, flight
+            assert saved is not None
+        else:
+            saved = self._landed(flight)
         waited = time.perf_counter() - begin
-        step, outcome = self.step, self._outcome
-        self.step, self._thread, self._outcome = None, None, None
+        self._cost, self._last = saved.seconds, time.monotonic()
+        return replace(saved, blocked=saved.blocked + waited)
+
+    def copied(self) -> Saved | None:
+        """The checkpoint whose copy went on beside training, if that has ended since."""
+        flight = self._copying
+        if flight is None or any(self.ranks.gather(flight.thread.is_alive())):
+            return None
+        return self._landed(flight)
+
+    def close(self, patience: float = math.inf) -> None:
+        """Gives a save in flight the time to end: this rank's part of it, without a word to the others. Not a copy."""
+        if self._flight is not None:
+            deadline = time.monotonic() + min(self.config.timeout, patience)
+            while self._flight.near is None and self._flight.thread.is_alive() and time.monotonic() < deadline:
+                self._flight.thread.join(0.1)
+
+    def _landed(self, flight: _Flight) -> Saved:
+        """What became of a save whose threads have all ended. CheckpointError on all ranks if it failed on one."""
+        if flight is self._flight:
+            self._flight = None
+        else:
+            self._copying = None
+        outcome = flight.outcome
 
         def result() -> Saved:
             if isinstance(outcome, BaseException):
@@ -110,36 +170,20 @@ class Saver:
             assert outcome is not None
             return outcome
 
-        try:
-            saved = self.ranks.every(f"saving step {step} in {self.root}", result)
-        except CheckpointError:
-            if any(self.ranks.gather(not isinstance(outcome, Saved | CheckpointError))):
-                self.behind = self._group()  # the threads lost each other
-            raise
-        self._cost, self._last = saved.seconds, time.monotonic()
+        if not any(self.ranks.gather(flight.lost or not isinstance(outcome, Saved | CheckpointError))):
+            self._groups.append(flight.ranks)
+        saved = self.ranks.every(f"saving step {flight.step} in {self.root}", result)
         if saved.durable is not None:
             self._durable_cost, self._durable_last = saved.durable_seconds, time.monotonic()
             self._durable_step = saved.step
-        return replace(saved, blocked=saved.blocked + waited)
-
-    def close(self) -> None:
-        """Gives a save in flight the time to end: this rank's part of it, without a word to the others."""
-        if self._thread is not None:
-            self._thread.join(self.config.timeout)
-
-    def _joined(self, deadline: float) -> bool:
-        assert self._thread is not None
-        self._thread.join(max(0.0, min(LOOK, deadline - time.monotonic())))
-        return not self._thread.is_alive()
+        return saved
 
     def _group(self) -> Ranks:
         if not self.ranks.joined:
             return self.ranks
         return Ranks(dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout)))
 
-    def _durable_due(self, step: int, last: bool) -> bool:
-        if not self.config.durable or last:
-            return bool(self.config.durable)
+    def _durable_due(self, step: int) -> bool:
         if self.config.durable_every:
             return step - self._durable_step >= self.config.durable_every
         return time.monotonic() - self._durable_last >= self.interval(self._durable_cost)
@@ -157,25 +201,29 @@ class Saver:
         return {index: self._copies[index] for index in shares.pieces}
 
     def _run(
-        self, step: int, shares: Shares, facts: dict[str, Any], durable: bool, begin: float, blocked: float
-    ) -> None:
+        self, flight: _Flight, shares: Shares, facts: dict[str, Any], durable: bool, copying: _Flight | None, begin: float,
+        blocked: float,
+    ) -> None:  # fmt: skip
         try:
-            path = write(self.behind, self.root, step, shares, facts, self.check)
-            saved = Saved(step, path, blocked, time.perf_counter() - begin)
-            self._outcome = self._copy(saved) if durable else saved
-            prune(self.root, self.config, self.behind)
+            path = write(flight.ranks, self.root, flight.step, shares, facts, self.check)
+            saved = Saved(flight.step, path, blocked, time.perf_counter() - begin)
+            prune(self.root, self.config, flight.ranks, spare=copying.near.path if copying and copying.near else None)
+            flight.near = saved
+            if durable and copying:
+                saved = replace(saved, durable_failure=f"the copy of step {copying.step} still goes on")
+            flight.outcome = self._copy(flight, saved) if durable and not copying else saved
         except BaseException as error:
-            self._outcome = error
+            flight.outcome = error
 
-    def _copy(self, saved: Saved) -> Saved:
+    def _copy(self, flight: _Flight, saved: Saved) -> Saved:
         """Puts it into the durable store too. That this fails makes the save no less good."""
         begin, root = time.perf_counter(), place_of(self.config.durable)
         target, failure = None, ""
         try:
-            target = copy(self.behind, saved.path, root, self.check)
-            prune(root, self.config, self.behind)
+            target = copy(flight.ranks, saved.path, root, self.check)
+            prune(root, self.config, flight.ranks)
         except Superseded:
             raise
-        except CheckpointError as error:
-            failure = str(error)
+        except Exception as error:
+            failure, flight.lost = str(error), not isinstance(error, CheckpointError)
         return replace(saved, durable=target, durable_seconds=time.perf_counter() - begin, durable_failure=failure)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -86,8 +86,9 @@ class Heartbeat:
         state = dict(self.state)
         collective, number = waiting_in() if now - float(str(state["since"])) > LASTING else ("", 0)
         temporary = self.file.with_suffix(".new")
-        temporary.write_text(json.dumps(state | {"alive": now, "collective": collective, "number": number}))
-        temporary.rename(self.file)
+        with suppress(OSError):  # a full memory file system is no reason to end, nor never to try again
+            temporary.write_text(json.dumps(state | {"alive": now, "collective": collective, "number": number}))
+            temporary.rename(self.file)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megasora.checkpoint.directory import CheckpointInfo, describe, list_checkpoints
-from megasora.checkpoint.manifest import MANIFEST, Place, Problem, damage, place_of, verify
+from megasora.checkpoint.fence import WRITER
+from megasora.checkpoint.manifest import MANIFEST, Place, Problem, damage, place_of, step_name, verify
 from megasora.cli import taught
 from megasora.errors import CheckFailed, CheckpointError, ConfigError, writing
 
@@ -138,6 +139,7 @@ def convert(args: argparse.Namespace) -> None:
         _refuse_existing(args.output)
         written = consolidate(source, args.output)
     else:
+        _refuse_run(args.output, source.step)
         written = [{"sharded": shard, "universal": universal}[wanted](source, args.output)]
     print(json.dumps({"written": [str(path) for path in written]}) if args.json else "\n".join(map(str, written)))
 
@@ -187,13 +189,22 @@ def average(args: argparse.Namespace) -> None:
         raise ConfigError(f"--weights={args.weights}: numbers, comma-separated") from None
     if len(weights) != len(args.paths) or not sum(weights) > 0:
         raise ConfigError(f"--weights={args.weights}: {len(args.paths)} numbers with a sum above 0 are expected")
-    path = average([open_checkpoint(path) for path in args.paths], weights, args.output)
+    sources = [open_checkpoint(path) for path in args.paths]
+    _refuse_run(args.output, sources[-1].step)
+    path = average(sources, weights, args.output)
     print(json.dumps({"written": [str(path)]}) if args.json else path)
 
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
         raise ConfigError(f"{output}: is there already; name a directory that is not")
+
+
+def _refuse_run(output: Path, step: int) -> None:
+    """A directory that a step of these would damage: another's step is there, or a run saves into it."""
+    _refuse_existing(output / step_name(step))
+    if (output.parent / WRITER).exists():
+        raise ConfigError(f"{output}: a run saves its own checkpoints here; name another directory")
 
 
 def _checkpoints(path: Place) -> list[CheckpointInfo]:

@@ -31,7 +31,8 @@ TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE")  # 
 
 
 def launch_slurm(args: argparse.Namespace) -> None:
-    """Raises ConfigError, before anything is created, for what cannot run; what sbatch refuses leaves nothing either."""
+    """Raises ConfigError, before anything is created, for what cannot run; what sbatch refuses leaves nothing either. Of a chain
+    that it takes a part of, that part stays."""
     check(args)
     configs, arguments = read_command(args)
     run = Path(configs[0].run.dir if configs else f"runs/{args.verb}").absolute()
@@ -45,9 +46,13 @@ def launch_slurm(args: argparse.Namespace) -> None:
     with writing(f"run.dir={run}"):
         keep(snapshot, script, args, configs)
         job.log.parent.mkdir(parents=True, exist_ok=True)
+    ids: list[str] = []
     try:
-        ids = [submit(snapshot / "job.sbatch") for _ in range(args.chain)]
-    except ConfigError:
+        for _ in range(args.chain):
+            ids.append(submit(snapshot / "job.sbatch"))
+    except ConfigError as error:
+        if ids:
+            raise ConfigError(f"{error}; submitted before that and queued: job {' '.join(ids)}") from None
         shutil.rmtree(snapshot)
         raise
     size = f"{' or '.join(map(str, job.layouts))} nodes x {job.nproc} processes"
@@ -96,11 +101,14 @@ def read_command(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
             own.append(word)
     if not args.sweep:
         return [load_config(parsed.config, parsed.overrides)], own
-    run = Path(load_config(parsed.config, parsed.overrides).run.dir)
-    return [
-        load_config(parsed.config, [*parsed.overrides, *choice, f"--run.dir={run / f'{task:04d}'}"])
-        for task, choice in enumerate(choices(args.sweep))
-    ], own
+    whole = load_config(parsed.config, parsed.overrides)
+    found = []
+    for task, choice in enumerate(choices(args.sweep)):
+        places = [f"--run.dir={Path(whole.run.dir) / f'{task:04d}'}"]
+        if whole.checkpoint.durable:  # each task's copies, too, lie apart
+            places.append(f"--checkpoint.durable={whole.checkpoint.durable.rstrip('/')}/{task:04d}")
+        found.append(load_config(parsed.config, [*parsed.overrides, *choice, *places]))
+    return found, own
 
 
 def describe(args: argparse.Namespace, configs: list[Config], arguments: list[str], run: Path, snapshot: Path) -> Job:
@@ -110,8 +118,15 @@ def describe(args: argparse.Namespace, configs: list[Config], arguments: list[st
     for config in configs if args.verb in ("train", "bench") else []:
         parse_layout(config.parallel.layout, args.nodes * nproc)
         if args.min_nodes:
-            layouts = layouts_by_nodes(
+            found = layouts_by_nodes(
                 config.parallel.layout, args.nodes, args.min_nodes, nproc, config.data.global_batch
+            )
+            if config is not configs[0] and found != layouts:
+                raise ConfigError(f"launch: --min-nodes={args.min_nodes}: the tasks of a sweep must have one layout")
+            layouts = found
+        if args.chain > 1 and config.run.resume != "auto":
+            raise ConfigError(
+                f"launch: --chain={args.chain}: every job would begin at run.resume={config.run.resume}; give auto"
             )
     tasks = len(configs) if args.sweep else args.array
     doctor = None if args.doctor is None else tuple(shlex.split(args.doctor))

@@ -1,5 +1,6 @@
 """What the trainer's ranks agree on, and what a stage counts."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from data_pipelines.batches.loader import Replacement
 from megasora import trainer as module
 from megasora.cluster.heartbeat import Heartbeat
+from megasora.cluster.signals import StopRequest
 from megasora.observe.profiler import ProfileConfig, StepProfiler
 from megasora.schema import Config, Stage
 from megasora.segments import Segment
@@ -38,7 +40,10 @@ def bare(**facts: Any) -> Trainer:
 
 
 def asked_on_rank_one() -> bool:
-    trainer = bare(stop=dist.get_rank() == 1)
+    stop = StopRequest()
+    if dist.get_rank() == 1:
+        stop.ask(signal.SIGTERM)
+    trainer = bare(stop=stop)
     return trainer.next_batch(iter([SimpleNamespace(replacements=[], buckets={})]), 0)[1]
 
 
@@ -53,7 +58,7 @@ def read_differently() -> tuple[int, list[dict[str, Any]], str]:
     keys = {rank // 2: "torn" if rank == 0 else "whole"}
     events: list[dict[str, Any]] = []
     group = SimpleNamespace(device=torch.device("cpu"), world=4)
-    trainer = bare(stop=False, group=group, event=lambda kind, **facts: events.append(facts))
+    trainer = bare(stop=StopRequest(), group=group, event=lambda kind, **facts: events.append(facts))
     batch = SimpleNamespace(replacements=[bad] * (rank > 0), buckets={}, own=keys)
     try:
         trainer.next_batch(iter([batch]), 0)

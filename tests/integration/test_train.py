@@ -246,6 +246,11 @@ def test_two_processes_print_one_line(road: Road) -> None:
 def test_run_resume_none_never_overwrites(road: Road, straight: Path) -> None:
     done = road.run("train", f"--run.dir={straight}", "--run.resume=none", code=2)
     assert "run.resume=none" in done.stderr
+    far = f"--checkpoint.durable={straight / 'checkpoints'}"  # another run's copies
+    done = road.run("train", f"--run.dir={road.directory / 'never3'}", "--run.resume=none", far, code=2)
+    assert "give another checkpoint.durable" in done.stderr
+    done = road.run("train", f"--run.dir={straight}", "--run.seed=9", code=2)  # other noise, another order
+    assert "run.seed=9: the checkpoint" in done.stderr
 
 
 def test_init_from_takes_the_weights_only(road: Road, straight: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import xxhash
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
+from megasora.checkpoint import manifest
 from megasora.checkpoint.directory import CheckpointConfig, latest, list_checkpoints
-from megasora.checkpoint.load import load, read_facts, resume_path, verify
+from megasora.checkpoint.load import answered, load, read_facts, resume_path, verify
 from megasora.checkpoint.manifest import FileSum, Manifest, read_manifest, write_manifest
 from megasora.checkpoint.metadata import SavedTensor, read_metadata, saved_tensors
 from megasora.checkpoint.save import prune, save
 from megasora.errors import CheckpointError
+from megasora.resume import gone_on, is_restart
 from megasora.verbs import ckpt
 
 FACTS = {"step": 5, "layout": "dp1", "schedule": {"warm": 0.1, "name": "Köln"}, "order": [1, None, True]}
@@ -336,6 +339,9 @@ def test_resume(tmp_path: Path) -> None:
     for damaged in (paths[1], root, tmp_path / "nothing"):
         with pytest.raises(CheckpointError, match=str(damaged)):
             resume_path(root, str(damaged))
+    assert [p.reason for p in manifest.verify(tmp_path / "gone", rank=1, world=2)] == [
+        "no such directory"
+    ]  # of each rank
     (paths[0] / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no good checkpoint"):
         resume_path(root, "auto")
@@ -510,3 +516,26 @@ def test_ckpt_verbs_do_not_need_torch() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = "import sys, megasora.verbs.ckpt; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
+
+
+def test_a_restart_goes_on_from_what_was_saved_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With run.resume=PATH, which is older than all and need not be there any more; `none` is for the first start alone."""
+    for step, begun in ((1, ""), (2, "old/step"), (3, "old/step"), (4, "other/step"), (5, "")):
+        save(tmp_path, step, make(step), {"resumed_from": begun})
+    newest = tmp_path / "step-00000003"
+    assert gone_on(tmp_path, "old/step") == str(newest)
+    (newest / "__0_0.distcp").write_bytes(b"cut")
+    assert gone_on(tmp_path, "old/step") == str(tmp_path / "step-00000002")
+    assert gone_on(tmp_path, "new/step") == "new/step"
+    assert gone_on(tmp_path, "none") == "auto"
+    for variable, value, again in (("SLURM_RESTART_COUNT", "0", False), ("SLURM_RESTART_COUNT", "1", True),
+                                   ("TORCHELASTIC_RESTART_COUNT", "2", True)):  # fmt: skip
+        monkeypatch.setenv(variable, value)
+        assert is_restart() is again
+        monkeypatch.delenv(variable)
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
+    with pytest.raises(TimeoutError, match="no answer after 0 s"):
+        answered(threading.Event().wait, 0.05)
+    assert answered(lambda: 3) == 3

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from megasora.checkpoint.contents import open_checkpoint
 from megasora.checkpoint.convert import consolidate, differences
+from megasora.checkpoint.fence import WRITER
 from megasora.checkpoint.load import load, read_facts
 from megasora.checkpoint.manifest import verify
 from megasora.checkpoint.save import save
@@ -106,6 +107,11 @@ def test_average(tmp_path: Path) -> None:
         assert torch.equal(tensor, expected.to(tensor.dtype))
     with pytest.raises(ConfigError, match="2 numbers"):
         call("average", *paths, "--output", tmp_path / "mean2", "--weights", "1")
+    with pytest.raises(ConfigError, match="step-00000002: is there already"):
+        call("average", *paths, "--output", tmp_path / "mean")
+    (tmp_path / "live" / WRITER).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="a run saves its own checkpoints here"):
+        call("average", *paths, "--output", tmp_path / "live" / "checkpoints")
     other = save(tmp_path / "other", 3, {"model/a.weight": torch.zeros(1)}, FACTS)
     with pytest.raises(CheckpointError, match="is not what it is in"):
         call("average", paths[0], other, "--output", tmp_path / "mean3")

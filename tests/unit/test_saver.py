@@ -18,7 +18,7 @@ import torch
 from upath import UPath
 
 from megasora.checkpoint.directory import CheckpointConfig, list_checkpoints
-from megasora.checkpoint.durable import copy
+from megasora.checkpoint.durable import copy, copy_file
 from megasora.checkpoint.fence import WRITER, take_fence
 from megasora.checkpoint.load import load, resume_path, verify
 from megasora.checkpoint.manifest import MANIFEST, place_of
@@ -227,9 +227,46 @@ def test_copies_are_made_whatever_the_steps_of_the_saves_are(tmp_path: Path) -> 
     """Saves whose steps follow from a clock need not fall on multiples of `durable_every`; the last one is always copied."""
     made, copied = saver(tmp_path, durable=str(tmp_path / "far"), durable_every=5), []
     for step in (3, 7, 11, 13, 14):
-        made.start(step, make(step), {}, last=step == 14)
+        made.start(step, make(step), {}, durable=True if step == 14 else None)
         copied += [step] if done(made).durable else []
     assert copied == [7, 13, 14]
+
+
+def test_a_copy_that_hangs_delays_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr("megasora.checkpoint.durable.copy_file", lambda *args: (gate.wait(), copy_file(*args)))
+    made = saver(tmp_path / "near", keep_last=1, durable=str(tmp_path / "far"), durable_every=1)
+    made.start(1, make(1), {})
+    first = made.finish(copy=False)
+    assert first is not None
+    assert (first.step, first.durable, made.step) == (1, None, None)
+    made.start(2, make(2), {})
+    assert "the copy of step 1 still goes on" in done(made).durable_failure
+    assert [info.step for info in list_checkpoints(tmp_path / "near")] == [1, 2]  # what is being copied stays
+    assert made.copied() is None
+    gate.set()
+    while (copied := made.copied()) is None:
+        time.sleep(0.01)
+    assert (copied.step, copied.durable) == (1, tmp_path / "far/step-00000001")
+    made.start(3, make(3), {})
+    assert done(made).durable == tmp_path / "far/step-00000003"
+    assert [info.step for info in list_checkpoints(tmp_path / "near")] == [3]
+
+
+def test_whoever_has_no_time_waits_for_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr("megasora.checkpoint.durable.copy_file", lambda *_: gate.wait())
+    made = saver(tmp_path / "near", durable=str(tmp_path / "far"))
+    made.start(1, make(1), {})
+    begin = time.monotonic()
+    saved = made.finish(patience=0.2)
+    assert saved is not None
+    assert values(saved.path) == {1}
+    made.start(2, make(2), {}, durable=False)
+    assert done(made).durable_failure == ""
+    made.close()
+    assert time.monotonic() - begin < 5
+    gate.set()
 
 
 def test_a_copy_without_its_manifest_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

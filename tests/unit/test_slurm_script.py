@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megasora.cli import main
+from megasora.cli import main, parse_verb
 from megasora.cluster.command import choices
 from megasora.cluster.elastic import layouts_by_nodes, shrunken_layout
 from megasora.cluster.slurm import Job, render
 from megasora.errors import ConfigError
 from megasora.parallel.layout import parse_layout
-from megasora.verbs.launch_slurm import next_free
+from megasora.verbs.launch_slurm import next_free, read_command
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/data/slurm"
@@ -143,6 +143,21 @@ def test_a_dry_run_prints_and_creates_nothing(config: Path, capsys: pytest.Captu
         (["train", "--sweep", "optim.lr"], "--sweep=optim.lr"),
         (["train", "--sweep", "optim.lrr=1;2"], "optim.lr?"),
         (["train", "--doctor=--wrong"], "--wrong"),
+        (["train", "--chain", "2", "--run.resume=runs/a/checkpoints/step-00000004"], "give auto"),
+        (
+            [
+                "train",
+                "--sweep",
+                "parallel.layout=dp4,zero2;dp4,zero3",
+                "--nodes",
+                "4",
+                "--min-nodes",
+                "2",
+                "--gpus-per-node",
+                "1",
+            ],
+            "one layout",
+        ),
         (["train", "--min-nodes", "1", "--nodes", "3", "--gpus-per-node", "2"], "data.global_batch=8"),
     ],
 )
@@ -153,6 +168,30 @@ def test_a_wrong_command_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert [path.name for path in config.parent.iterdir()] == ["c.yaml"]
+
+
+def test_tasks_of_a_sweep_share_no_store(config: Path) -> None:
+    words = ["launch", "slurm", "train", "--config", str(config), "--sweep", "optim.lr=1e-4;2e-4"]
+    found, _ = read_command(parse_verb([*words, "--checkpoint.durable=s3://bucket/run/"]))
+    assert [(c.run.dir, c.checkpoint.durable) for c in found] == [
+        ("runs/it's/0000", "s3://bucket/run/0000"), ("runs/it's/0001", "s3://bucket/run/0001"),
+    ]  # fmt: skip
+
+
+def test_of_a_chain_that_slurm_takes_in_part_that_part_is_named(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = iter(["7", "8"])
+
+    def submit(script: Path) -> str:
+        if (job := next(taken, None)) is None:
+            raise ConfigError("launch: sbatch: too many jobs")
+        return job
+
+    monkeypatch.setattr("megasora.verbs.launch_slurm.submit", submit)
+    assert main(["launch", "slurm", "train", "--config", str(config), "--chain", "3"]) == 2
+    assert "too many jobs; submitted before that and queued: job 7 8" in capsys.readouterr().err
+    assert list(config.parent.glob("runs/*/launch/0000/config.yaml"))  # which they will read
 
 
 def test_the_choices_of_a_sweep() -> None:
