@@ -339,7 +339,10 @@ class Trainer:
         """What to end with after a signal: 75 where there is a checkpoint and running the command again helps."""
         why = self.stop.signal or "a signal to another process"
         if not self.unsaved:
-            return StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command goes on from there")
+            again = "" if self.config.run.resume == "auto" else " with run.resume=auto"
+            return StoppedEarly(
+                f"{why}: stopped after step {self.step}, saved; the same command{again} goes on from there"
+            )
         good = Ranks().first("", lambda: latest(self.run_dir / "checkpoints"))
         if good is None or isinstance(self.unsaved, StorageFull):
             return CheckpointError(f"{why}: stopped after step {self.step}, which is not saved: {self.unsaved}")
