@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
@@ -191,22 +192,16 @@ class Remote:
     def view(self, name: str, offset: int, length: int) -> memoryview:
         size, token = self._fact(name)
         end = min(size, offset + length)
-
-        def fetch(first: int, last: int) -> bytes:
-            def once() -> bytes:
-                with _as_os_error(f"{self.address}/{name}"):
-                    return bytes(self._files.cat_file(f"{self._root}/{name}", start=first, end=last))
-
-            return _retried(once)
-
+        fetch = partial(self._download, name)
         content = fetch(offset, end) if self._cache is None else self._cache.read(token, size, offset, end, fetch)
         return memoryview(bytearray(content))
 
     def mapped(self, name: str) -> pa.NativeFile:
         if self._cache is None:
             return pa.BufferReader(self.read(name))
-        _, token = self._fact(name)
-        return pa.memory_map(str(self._cache.whole(token, lambda: self.read(name))))
+        size, token = self._fact(name)
+        # Not by `read`: one of its blocks may be locked together with the whole, which would wait for itself.
+        return pa.memory_map(str(self._cache.whole(token, lambda: self._download(name, 0, size))))
 
     def open(self, name: str) -> BinaryIO:
         with _as_os_error(f"{self.address}/{name}"):
@@ -218,6 +213,17 @@ class Remote:
             self._files.pipe_file(f"{self._root}/{name}", content)
             self._files.invalidate_cache(self._root)
         self._facts.pop(name, None)
+
+    def _download(self, name: str, first: int, last: int) -> bytes:
+        """Bytes [first, last), past the cache."""
+        if first >= last:
+            return b""  # servers refuse such a range
+
+        def once() -> bytes:
+            with _as_os_error(f"{self.address}/{name}"):
+                return bytes(self._files.cat_file(f"{self._root}/{name}", start=first, end=last))
+
+        return _retried(once)
 
     def _fact(self, name: str) -> tuple[int, str]:
         if name not in self._facts:

@@ -164,6 +164,27 @@ def test_a_block_is_fetched_once_whoever_wants_it(tmp_path: Path) -> None:
     assert fetched == [0]
 
 
+def test_many_small_files_are_mapped_without_waiting_for_each_other(tmp_path: Path) -> None:
+    storage = Remote(f"memory://{tmp_path}", CacheConfig(tmp_path / "cache", 1 << 30))
+    names = [f"{i:03d}.arrow" for i in range(300)]  # of 64 groups that are locked together, more than one each
+    for name in [*names, "empty"]:
+        storage._files.pipe_file(f"{storage._root}/{name}", b"" if name == "empty" else name.encode())
+    found: dict[str, bytes] = {}
+
+    def map_every_fourth(first: int) -> None:
+        for name in names[first::4]:
+            with storage.mapped(name) as file:
+                found[name] = file.read()
+
+    threads = [threading.Thread(target=map_every_fourth, args=(i,), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert found == {name: name.encode() for name in names}
+    assert storage.read("empty") == b""
+
+
 def test_reads_that_fail_once_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"content")
     storage = Remote(f"memory://{tmp_path}", CacheConfig(tmp_path / "cache", 0))
