@@ -201,7 +201,7 @@ class Remote:
             return pa.BufferReader(self.read(name))
         size, token = self._fact(name)
         # Not by `read`: one of its blocks may be locked together with the whole, which would wait for itself.
-        return pa.memory_map(str(self._cache.whole(token, lambda: self._download(name, 0, size))))
+        return pa.memory_map(str(self._cache.whole(token, size, lambda: self._download(name, 0, size))))
 
     def open(self, name: str) -> BinaryIO:
         with _as_os_error(f"{self.address}/{name}"):
@@ -258,6 +258,7 @@ class BlockCache:
     """
 
     BLOCK = 8 << 20  # bytes
+    ABANDONED = 3600.0  # seconds after which nobody writes a hidden file any more: its process died
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
@@ -269,31 +270,35 @@ class BlockCache:
         parts = []
         for block in range(offset // self.BLOCK, -(-end // self.BLOCK)):
             first = block * self.BLOCK
+            last = min(first + self.BLOCK, size)
             path = self.directory / f"{token}-{block:06d}"
-            low, high = max(offset - first, 0), min(end - first, self.BLOCK)
-            part = self._piece(path, low, high)
+            low, high = max(offset - first, 0), min(end, last) - first
+            part = self._piece(path, last - first, low, high)
             if part is None:
                 with self._fetching(path):
-                    part = self._piece(path, low, high)  # somebody else may have been faster
+                    part = self._piece(path, last - first, low, high)  # somebody else may have been faster
                     if part is None:
-                        content = fetch(first, min(first + self.BLOCK, size))
+                        content = fetch(first, last)
                         self._keep(path, content)
                         part = content[low:high]
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def whole(self, token: str, fetch: Callable[[], bytes]) -> Path:
-        """A small file in one piece, as a path to map. It is not swept away."""
+    def whole(self, token: str, size: int, fetch: Callable[[], bytes]) -> Path:
+        """A small file of `size` bytes in one piece, as a path to map. It is not swept away."""
         path = self.directory / f"{token}-whole"
-        if not path.exists():
+        if not _is_whole(path, size):
             with self._fetching(path):
-                if not path.exists():
+                if not _is_whole(path, size):
                     _write(path, fetch())
         return path
 
-    def _piece(self, path: Path, low: int, high: int) -> bytes | None:
+    def _piece(self, path: Path, size: int, low: int, high: int) -> bytes | None:
+        """Bytes [low, high) of a block of `size` bytes. A block of another length is none: a crash of the machine cuts some."""
         try:
             with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    return None
                 file.seek(low)
                 piece = file.read(high - low)
             os.utime(path)
@@ -312,10 +317,14 @@ class BlockCache:
     def _sweep(self) -> None:
         blocks = []
         for entry in os.scandir(self.directory):
-            if entry.name.startswith(".") or entry.name.endswith("-whole"):
+            if entry.name.startswith(".lock-") or entry.name.endswith("-whole"):
                 continue
             with suppress(FileNotFoundError):  # another process sweeps too
-                blocks.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                found = entry.stat()
+                if not entry.name.startswith("."):
+                    blocks.append((found.st_mtime_ns, found.st_size, entry.path))
+                elif time.time() - found.st_mtime > self.ABANDONED:
+                    Path(entry.path).unlink()
         total = sum(size for _, size, _ in blocks)
         for _, size, path in sorted(blocks):
             if total <= self.limit:
@@ -330,6 +339,13 @@ class BlockCache:
         with (self.directory / f".lock-{group:02d}").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def _write(path: Path, content: bytes) -> None:

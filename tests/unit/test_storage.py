@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import random
 import threading
 from pathlib import Path
@@ -162,6 +163,26 @@ def test_a_block_is_fetched_once_whoever_wants_it(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert fetched == [0]
+
+
+def test_what_a_crash_cut_short_is_fetched_again(tmp_path: Path) -> None:
+    for cut in (0, 300):
+        (tmp_path / "a-000000").write_bytes(bytes(cut))
+        (tmp_path / "b-whole").write_bytes(bytes(cut))
+        cache = BlockCache(tmp_path, 1 << 30)
+        assert cache.read("a", 500, 100, 400, lambda first, last: b"x" * (last - first)) == b"x" * 300
+        assert cache.whole("b", 500, lambda: b"x" * 500).read_bytes() == b"x" * 500
+        assert (tmp_path / "a-000000").read_bytes() == b"x" * 500
+
+
+def test_hidden_files_of_dead_writers_go(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 1 << 30)
+    old, new = tmp_path / ".a-000007.123.456", tmp_path / ".a-000008.123.456"
+    for path in (old, new):
+        path.write_bytes(b"half a block")
+    os.utime(old, (0, 0))
+    cache.read("b", 500, 0, 500, lambda first, last: bytes(last - first))
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_many_small_files_are_mapped_without_waiting_for_each_other(tmp_path: Path) -> None:
