@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from data_pipelines.batches.loader import DataConfig, Loader, StepBatch, cached_opener
+from data_pipelines.batches.loader import DataConfig, Item, Loader, StepBatch, cached_opener
 from data_pipelines.batches.order import Mixture
 from data_pipelines.buckets import Bucket, BucketConfig, frame_size
 from data_pipelines.errors import DataError
@@ -136,6 +136,23 @@ def test_a_torn_shard_costs_its_samples_and_a_replay_obeys(tmp_path: Path) -> No
     replay = take(loader(ShardSet.open(tmp_path / "latents"), obey=obey).batches(0), 4)
     assert by_position(replay) == found
     assert not any(batch.replacements for batch in replay)
+
+
+def test_what_can_be_read_costs_no_look_at_the_whole_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_latents(tmp_path / "latents")
+    looked: list[Item] = []
+    candidates = Loader._candidates
+    monkeypatch.setattr(Loader, "_candidates", lambda self, item: looked.append(item) or candidates(self, item))
+    expected = by_position(take(loader(shards).batches(0), 2))
+    assert not looked
+    # Of what an earlier attempt read, only what it can have read is looked through.
+    read = loader(shards, obey={3: "not there"}, max_replacements=2)
+    keys: list[int] = []
+    key = ShardSet.key
+    monkeypatch.setattr(ShardSet, "key", lambda self, row: keys.append(row) or key(self, row))
+    assert read._logged(3, read.item_at(3)) == read.item_at(3).row
+    assert (len(looked), len(keys)) == (1, 2)
+    assert by_position(take(read.batches(0), 2)) == expected
 
 
 def test_nothing_that_fits_or_can_be_read(tmp_path: Path) -> None:
