@@ -42,6 +42,7 @@ from data_pipelines.shards.index import (
 from data_pipelines.shards.storage import CacheConfig, Directory, Storage, open_storage, sync, sync_directory
 
 CHECKSUM = "members_xxh3"  # in KEY.json
+MAPPED = 8192  # indexes of one directory: Linux lets a process map 65,530 files, and a mixture has several directories
 
 
 class ShardFile:
@@ -185,11 +186,17 @@ class ShardSet:
             raise DataError(
                 f"{storage.address}/{min(alone)}: its tar is missing; write the shards again or delete the index"
             )
-        with ThreadPoolExecutor(32) as pool:
-            shards = cls(storage, tars, list(pool.map(partial(read_index, storage), tars)), cache)
+        shards = cls._of(storage, tars, cache)
         if not len(shards):
             raise DataError(f"{storage.address}: no sample in its {len(tars)} shards")
         return shards
+
+    @classmethod
+    def _of(cls, storage: Storage, tars: list[str], cache: CacheConfig | None) -> Self:
+        """Maps the indexes, which processes then share, or reads them where they are too many."""
+        look = partial(read_index, storage, mapped=len(tars) <= MAPPED)
+        with ThreadPoolExecutor(32) as pool:
+            return cls(storage, tars, list(pool.map(look, tars)), cache)
 
     @property
     def address(self) -> str:
