@@ -8,6 +8,7 @@ one pread. KEY.json carries what the index shows, and a checksum of the other me
 from __future__ import annotations
 
 import json
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +207,12 @@ class ShardSet:
         return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (self.address, self._cache)
+        return _opened, (self.address, self._cache, self._packed_names, self.fingerprint)
+
+    @cached_property
+    def _packed_names(self) -> bytes:
+        """The tars, for a pickle: one goes with every job of a worker, and there may be 100,000 of them."""
+        return zlib.compress("\0".join(self.tars).encode())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -307,9 +313,16 @@ class ShardSet:
 
 
 @lru_cache(maxsize=16)
-def _opened(address: str, cache: CacheConfig | None) -> ShardSet:
-    """What a pickle stands for: a worker process that gets one with every job opens it once."""
-    return ShardSet.open(address, cache)
+def _opened(address: str, cache: CacheConfig | None, packed_names: bytes, fingerprint: str) -> ShardSet:
+    """What a pickle stands for: a worker process that gets one with every job opens it once. Shards that came later are left out.
+
+    Raises `DataError` where it is not what was pickled any more.
+    """
+    tars = zlib.decompress(packed_names).decode().split("\0")
+    shards = ShardSet._of(open_storage(address, cache), tars, cache)
+    if shards.fingerprint != fingerprint:
+        raise DataError(f"{address}: its shards were changed while they are read")
+    return shards
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
