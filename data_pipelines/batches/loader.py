@@ -219,7 +219,8 @@ class Loader:
         return dict(sorted(counts.items()))
 
     def batches(self, step: int) -> Generator[StepBatch]:
-        """The batches of the segment's steps `step`, `step` + 1, ... without end."""
+        """The batches of the segment's steps `step`, `step` + 1, ... without end. Raises OSError where storage fails for minutes:
+        whoever starts the process again may go on."""
         with ExitStack() as stack:
             workers = stack.enter_context(WorkerPool(self.config.workers)) if self.config.workers else None
             threads = max(self.config.readers, self.config.workers)

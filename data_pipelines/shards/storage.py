@@ -26,8 +26,8 @@ from data_pipelines.names import is_safe
 
 T = TypeVar("T")
 
-TRIES = 3  # of a read: storage has its moods
-PAUSE = 0.1  # seconds before the second try, four times as long before each that follows
+PAUSES = (0.1, 0.4, 1.6, 6.0, 15.0, 30.0, 30.0, 40.0)  # seconds between the tries of a read: storage has its moods
+FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # answers, not moods
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CacheConfig:
 
 
 class Storage(Protocol):
-    """The files of one directory, wherever it is. Reads are thread-safe and raise OSError."""
+    """The files of one directory, wherever it is. Reads are thread-safe; they go on for two minutes before they raise OSError."""
 
     address: str
 
@@ -149,14 +149,14 @@ class _Mapped:
         return memoryview(self._mapping)[offset:end]
 
 
-def _retried(read: Callable[[], T]) -> T:
-    for attempt in range(TRIES - 1):
+def _retried(read: Callable[[], T], pauses: tuple[float, ...] | None = None) -> T:
+    for pause in PAUSES if pauses is None else pauses:
         try:
             return read()
-        except FileNotFoundError:
+        except FINAL:
             raise
         except OSError:
-            time.sleep(PAUSE * 4**attempt)
+            time.sleep(pause)
     return read()
 
 
@@ -171,9 +171,12 @@ class Remote:
         self._facts: dict[str, tuple[int, str]] = {}  # name -> size and token
 
     def names(self) -> list[str]:
-        try:
+        def look() -> list[dict[str, Any]]:
             with _as_os_error(self.address):
-                found = self._files.ls(self._root, detail=True)
+                return list(self._files.ls(self._root, detail=True))
+
+        try:
+            found = _retried(look, PAUSES[:3])  # nothing is lost yet, and a wrong address should be told soon
         except OSError as error:
             raise DataError(f"{self.address}: {error}") from None
         names = []
@@ -227,12 +230,15 @@ class Remote:
 
     def _fact(self, name: str) -> tuple[int, str]:
         if name not in self._facts:
-            with _as_os_error(f"{self.address}/{name}"):
-                info = self._files.info(f"{self._root}/{name}")
+            info = _retried(partial(self._info, name))
             if info.get("size") is None:
                 raise OSError(f"{self.address}/{name}: the server does not say how long it is")
             self._facts[name] = self._identify(name, info)
         return self._facts[name]
+
+    def _info(self, name: str) -> dict[str, Any]:
+        with _as_os_error(f"{self.address}/{name}"):
+            return dict(self._files.info(f"{self._root}/{name}"))
 
     def _identify(self, name: str, info: dict[str, Any]) -> tuple[int, str]:
         marks = [str(info[mark]) for mark in ("ETag", "etag", "md5Hash", "mtime", "LastModified") if info.get(mark)]

@@ -263,7 +263,8 @@ class ShardSet:
 
         Members are bytes, latents a view of what was read: they are large, and their tensors can lie where they are.
 
-        Raises `BadSample` when the tar is short, damaged, another one than was indexed, or cannot be read.
+        Raises `BadSample` when the tar is short, damaged, missing or another one than was indexed, and OSError when storage
+        fails: that is no fault of the sample, and to go on with others would change what is trained.
         """
         shard, place = self._place(index)
         key, tar = self.key(index), self.tars[shard]
@@ -272,8 +273,11 @@ class ShardSet:
             raise BadSample(key, f"{index_name(tar)} is damaged")
         try:
             content = self.storage.view(tar, offset, length)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise BadSample(key, f"cannot read {tar} ({error.strerror or error})") from error
+        except OSError as error:
+            error.add_note(f"reading sample {key} in {self.address}/{tar}")
+            raise
         if len(content) < length:
             raise BadSample(key, f"{tar} is truncated")
         payload: dict[str, Any] = {}

@@ -167,6 +167,17 @@ def test_nothing_that_fits_or_can_be_read(tmp_path: Path) -> None:
         take(loader(ShardSet.open(tmp_path / "latents")).batches(0), 1)
 
 
+def test_storage_that_fails_is_no_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_latents(tmp_path / "latents")
+    monkeypatch.setattr("data_pipelines.shards.storage.PAUSES", ())
+    for tar in (tmp_path / "latents").glob("*.tar"):
+        tar.unlink()
+        tar.symlink_to(tar)  # the system's word is ELOOP
+    with pytest.raises(OSError, match="levels of symbolic links") as caught:
+        take(loader(shards).batches(0), 1)
+    assert "reading sample s0" in "".join(caught.value.__notes__)
+
+
 def write_torn(directory: Path) -> ShardSet:
     write_latents(directory)
     tar = min(directory.glob("*.tar"))
