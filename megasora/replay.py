@@ -197,8 +197,7 @@ def describe(
     """A sample as people look at it."""
     item = loader.item_at(sample.position)
     source = loader.sources[item.source]
-    replaced = source.key(item.row) != sample.key
-    row = next(row for row in range(len(source)) if source.key(row) == sample.key) if replaced else item.row
+    row = item.row if source.key(item.row) == sample.key else loader.row_of(sample.key, sample.position, item)
     seeds = (recipe.seed, recipe.segment, sample.position)
     shape = in_patches(sample.latent.mean.shape[1:], recipe.patch)
     timesteps, *_ = draw_frames(shape, sample.latent.mean.shape[1:], recipe, seeds)

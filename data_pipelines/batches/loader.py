@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,7 +219,8 @@ class Loader:
         return dict(sorted(counts.items()))
 
     def batches(self, step: int) -> Generator[StepBatch]:
-        """The batches of the segment's steps `step`, `step` + 1, ... without end."""
+        """The batches of the segment's steps `step`, `step` + 1, ... without end. Raises OSError where storage fails for minutes:
+        whoever starts the process again may go on."""
         with ExitStack() as stack:
             workers = stack.enter_context(WorkerPool(self.config.workers)) if self.config.workers else None
             threads = max(self.config.readers, self.config.workers)
@@ -314,17 +315,19 @@ class Loader:
     def _logged(self, position: int, item: Item) -> int:
         """The row to read first: the one that an earlier attempt agreed on, or the plan's."""
         logged = self.obey.get(position)
-        if logged is None:
-            return item.row
+        return item.row if logged is None else self.row_of(logged, position, item)
+
+    def row_of(self, key: str, position: int, item: Item) -> int:
+        """The row of the sample `key` that took the place of an item; the item's own where no such sample could have."""
         source = self.sources[item.source]
-        return next((row for row in self._candidates(item) if source.key(row) == logged), item.row)
+        others = islice(self._others(position, item), self.config.max_replacements)
+        return next((row for row in others if source.key(row) == key), item.row)
 
     def _others(self, position: int, item: Item) -> Iterator[int]:
-        candidates = self._candidates(item)
-        return (
-            int(candidates[i])
-            for i in map(Permutation(len(candidates), draw(self.seed, position, "replacement")), range(len(candidates)))
-        )
+        candidates = self._candidates(item)  # only now that one is wanted: it goes through all items of the source
+        chosen = Permutation(len(candidates), draw(self.seed, position, "replacement"))
+        for i in range(len(candidates)):
+            yield int(candidates[chosen(i)])
 
     def _candidates(self, item: Item) -> np.ndarray:
         """The rows of a source that can be trained in an item's bucket."""

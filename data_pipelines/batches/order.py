@@ -94,7 +94,9 @@ class Mixture:
         ideal = np.array(weights, np.float64) / sum(weights) * self.BLOCK
         self.quotas = np.maximum(1, np.floor(ideal)).astype(np.int64)
         while (missing := self.BLOCK - int(self.quotas.sum())) != 0:  # by largest remainder
-            self.quotas[np.argmax(np.sign(missing) * (ideal - self.quotas))] += np.sign(missing)
+            remainders = np.sign(missing) * (ideal - self.quotas)
+            remainders[(self.quotas == 1) & (missing < 0)] = -np.inf  # of one, nothing can be taken
+            self.quotas[np.argmax(remainders)] += np.sign(missing)
         self._arranged = lru_cache(maxsize=2)(self._arrange)
 
     def __call__(self, position: int) -> tuple[int, int]:

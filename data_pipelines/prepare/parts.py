@@ -106,13 +106,17 @@ def read_part(work: Path, name: str, tally: Tally) -> np.ndarray:
 def _samples(
     source: Source, shards: ShardSet | None, config: PrepareConfig, scorers: list[Scorer], tally: Tally
 ) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """The samples of one source, for `ShardFile.write`, and their signatures."""
+    """The samples of one source, for `ShardFile.write`, and their signatures. Raises OSError where storage fails."""
 
     def drop(reason: str, where: str) -> None:
         tally.drop(reason, f"{source.name} {where}".rstrip())
 
     try:
         content, known = read_source(source, shards)
+    except BadSample as bad:
+        drop(bad.reason, "")
+        return
+    try:
         if not known:
             drop("no caption", "")
             return
@@ -145,8 +149,6 @@ def _samples(
                 )
     except Undecodable as error:
         drop("undecodable", f"({error})")
-    except BadSample as bad:
-        drop(bad.reason, "")
     except OSError as error:
         drop("unreadable file", f"({error.strerror})")
 

@@ -205,9 +205,10 @@ def make_slugs(stems: dict[str, str]) -> dict[str, str]:
     uses = Counter(slugs.values())
     for name, slug in slugs.items():
         if uses[slug] > 1 or not 0 < len(slug) <= 60:  # a key must fit into a tar header
-            slugs[name] = f"{slug[:50]}-{xxhash.xxh3_64_hexdigest(name.encode())[:8]}".strip("-")
-    if len(set(slugs.values())) < len(slugs):
-        twice = next(name for name, slug in slugs.items() if list(slugs.values()).count(slug) > 1)
+            slugs[name] = f"{slug[:43]}-{xxhash.xxh3_64_hexdigest(name.encode())}".strip("-")
+    uses = Counter(slugs.values())
+    if len(uses) < len(slugs):
+        twice = next(name for name, slug in slugs.items() if uses[slug] > 1)
         raise DataError(f"{twice}: another file would have the same keys; rename it")
     return slugs
 

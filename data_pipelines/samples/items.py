@@ -121,8 +121,9 @@ def find_items(
 
 def _sampled(frames: np.ndarray, rates: np.ndarray, fps: float) -> np.ndarray:
     """`frames_at` of many; few rates and lengths are distinct."""
-    found = {(n, rate): frames_at(n, rate, fps)[0] for n, rate in zip(frames.tolist(), rates.tolist(), strict=True)}
-    return np.array([found[pair] for pair in zip(frames.tolist(), rates.tolist(), strict=True)], np.int64)
+    pairs = list(zip(frames.tolist(), rates.tolist(), strict=True))
+    found = {pair: frames_at(*pair, fps)[0] for pair in set(pairs)}
+    return np.array([found[pair] for pair in pairs], np.int64)
 
 
 def _kinds(shapes: np.ndarray, begins: np.ndarray, kind_of: Any) -> np.ndarray:

@@ -14,7 +14,8 @@ Decode = Callable[[str, dict[str, Any], Bucket], Any]  # (key, members, bucket)
 
 
 def read(workers: WorkerPool | None, source: SampleSource, row: int, decode: Decode, bucket: Bucket) -> Any:
-    """A sample's members through `decode`, in a worker process if there are any. Raises BadSample.
+    """A sample's members through `decode`, in a worker process if there are any. Raises BadSample, and OSError
+    where storage fails.
 
     What kills two workers is a bad sample.
     """

@@ -373,15 +373,20 @@ def row_of(table: pa.Table, place: int) -> Row:
     return Row(*values)
 
 
-def read_index(storage: Storage, tar: str) -> pa.Table:
-    """The index of a tar, mapped into memory. Raises `DataError`."""
-    path = f"{storage.address}/{index_name(tar)}"
+def read_index(storage: Storage, tar: str, *, mapped: bool) -> pa.Table:
+    """The index of a tar, mapped into memory or read into it. Raises `DataError`."""
+    name = index_name(tar)
+    path = f"{storage.address}/{name}"
     try:
-        with storage.mapped(index_name(tar)) as file:  # the mapping outlives the file
-            table = pa.ipc.open_file(file).read_all()
-        table.validate()  # lengths against each other, without a look at the rows
+        content = storage.mapped(name) if mapped else pa.BufferReader(storage.read(name))
     except FileNotFoundError:
         raise DataError(f"{path}: missing; `megasora index` writes the index of a tar") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    try:
+        with content as file:  # a mapping outlives the file
+            table = pa.ipc.open_file(file).read_all()
+        table.validate()  # lengths against each other, without a look at the rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged index; write it again with `megasora index`") from error
     if not table.schema.equals(SCHEMA) or not (table.schema.metadata or {}).get(DIGEST, b"").isalnum():

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
@@ -25,8 +26,8 @@ from data_pipelines.names import is_safe
 
 T = TypeVar("T")
 
-TRIES = 3  # of a read: storage has its moods
-PAUSE = 0.1  # seconds before the second try, four times as long before each that follows
+PAUSES = (0.1, 0.4, 1.6, 6.0, 15.0, 30.0, 30.0, 40.0)  # seconds between the tries of a read: storage has its moods
+FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # answers, not moods
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CacheConfig:
 
 
 class Storage(Protocol):
-    """The files of one directory, wherever it is. Reads are thread-safe and raise OSError."""
+    """The files of one directory, wherever it is. Reads are thread-safe; they go on for two minutes before they raise OSError."""
 
     address: str
 
@@ -148,14 +149,14 @@ class _Mapped:
         return memoryview(self._mapping)[offset:end]
 
 
-def _retried(read: Callable[[], T]) -> T:
-    for attempt in range(TRIES - 1):
+def _retried(read: Callable[[], T], pauses: tuple[float, ...] | None = None) -> T:
+    for pause in PAUSES if pauses is None else pauses:
         try:
             return read()
-        except FileNotFoundError:
+        except FINAL:
             raise
         except OSError:
-            time.sleep(PAUSE * 4**attempt)
+            time.sleep(pause)
     return read()
 
 
@@ -170,9 +171,12 @@ class Remote:
         self._facts: dict[str, tuple[int, str]] = {}  # name -> size and token
 
     def names(self) -> list[str]:
-        try:
+        def look() -> list[dict[str, Any]]:
             with _as_os_error(self.address):
-                found = self._files.ls(self._root, detail=True)
+                return list(self._files.ls(self._root, detail=True))
+
+        try:
+            found = _retried(look, PAUSES[:3])  # nothing is lost yet, and a wrong address should be told soon
         except OSError as error:
             raise DataError(f"{self.address}: {error}") from None
         names = []
@@ -191,22 +195,16 @@ class Remote:
     def view(self, name: str, offset: int, length: int) -> memoryview:
         size, token = self._fact(name)
         end = min(size, offset + length)
-
-        def fetch(first: int, last: int) -> bytes:
-            def once() -> bytes:
-                with _as_os_error(f"{self.address}/{name}"):
-                    return bytes(self._files.cat_file(f"{self._root}/{name}", start=first, end=last))
-
-            return _retried(once)
-
+        fetch = partial(self._download, name)
         content = fetch(offset, end) if self._cache is None else self._cache.read(token, size, offset, end, fetch)
         return memoryview(bytearray(content))
 
     def mapped(self, name: str) -> pa.NativeFile:
         if self._cache is None:
             return pa.BufferReader(self.read(name))
-        _, token = self._fact(name)
-        return pa.memory_map(str(self._cache.whole(token, lambda: self.read(name))))
+        size, token = self._fact(name)
+        # Not by `read`: one of its blocks may be locked together with the whole, which would wait for itself.
+        return pa.memory_map(str(self._cache.whole(token, size, lambda: self._download(name, 0, size))))
 
     def open(self, name: str) -> BinaryIO:
         with _as_os_error(f"{self.address}/{name}"):
@@ -219,14 +217,28 @@ class Remote:
             self._files.invalidate_cache(self._root)
         self._facts.pop(name, None)
 
+    def _download(self, name: str, first: int, last: int) -> bytes:
+        """Bytes [first, last), past the cache."""
+        if first >= last:
+            return b""  # servers refuse such a range
+
+        def once() -> bytes:
+            with _as_os_error(f"{self.address}/{name}"):
+                return bytes(self._files.cat_file(f"{self._root}/{name}", start=first, end=last))
+
+        return _retried(once)
+
     def _fact(self, name: str) -> tuple[int, str]:
         if name not in self._facts:
-            with _as_os_error(f"{self.address}/{name}"):
-                info = self._files.info(f"{self._root}/{name}")
+            info = _retried(partial(self._info, name))
             if info.get("size") is None:
                 raise OSError(f"{self.address}/{name}: the server does not say how long it is")
             self._facts[name] = self._identify(name, info)
         return self._facts[name]
+
+    def _info(self, name: str) -> dict[str, Any]:
+        with _as_os_error(f"{self.address}/{name}"):
+            return dict(self._files.info(f"{self._root}/{name}"))
 
     def _identify(self, name: str, info: dict[str, Any]) -> tuple[int, str]:
         marks = [str(info[mark]) for mark in ("ETag", "etag", "md5Hash", "mtime", "LastModified") if info.get(mark)]
@@ -252,6 +264,7 @@ class BlockCache:
     """
 
     BLOCK = 8 << 20  # bytes
+    ABANDONED = 3600.0  # seconds after which nobody writes a hidden file any more: its process died
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
@@ -263,31 +276,35 @@ class BlockCache:
         parts = []
         for block in range(offset // self.BLOCK, -(-end // self.BLOCK)):
             first = block * self.BLOCK
+            last = min(first + self.BLOCK, size)
             path = self.directory / f"{token}-{block:06d}"
-            low, high = max(offset - first, 0), min(end - first, self.BLOCK)
-            part = self._piece(path, low, high)
+            low, high = max(offset - first, 0), min(end, last) - first
+            part = self._piece(path, last - first, low, high)
             if part is None:
                 with self._fetching(path):
-                    part = self._piece(path, low, high)  # somebody else may have been faster
+                    part = self._piece(path, last - first, low, high)  # somebody else may have been faster
                     if part is None:
-                        content = fetch(first, min(first + self.BLOCK, size))
+                        content = fetch(first, last)
                         self._keep(path, content)
                         part = content[low:high]
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def whole(self, token: str, fetch: Callable[[], bytes]) -> Path:
-        """A small file in one piece, as a path to map. It is not swept away."""
+    def whole(self, token: str, size: int, fetch: Callable[[], bytes]) -> Path:
+        """A small file of `size` bytes in one piece, as a path to map. It is not swept away."""
         path = self.directory / f"{token}-whole"
-        if not path.exists():
+        if not _is_whole(path, size):
             with self._fetching(path):
-                if not path.exists():
+                if not _is_whole(path, size):
                     _write(path, fetch())
         return path
 
-    def _piece(self, path: Path, low: int, high: int) -> bytes | None:
+    def _piece(self, path: Path, size: int, low: int, high: int) -> bytes | None:
+        """Bytes [low, high) of a block of `size` bytes. A block of another length is none: a crash of the machine cuts some."""
         try:
             with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    return None
                 file.seek(low)
                 piece = file.read(high - low)
             os.utime(path)
@@ -306,10 +323,14 @@ class BlockCache:
     def _sweep(self) -> None:
         blocks = []
         for entry in os.scandir(self.directory):
-            if entry.name.startswith(".") or entry.name.endswith("-whole"):
+            if entry.name.startswith(".lock-") or entry.name.endswith("-whole"):
                 continue
             with suppress(FileNotFoundError):  # another process sweeps too
-                blocks.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                found = entry.stat()
+                if not entry.name.startswith("."):
+                    blocks.append((found.st_mtime_ns, found.st_size, entry.path))
+                elif time.time() - found.st_mtime > self.ABANDONED:
+                    Path(entry.path).unlink()
         total = sum(size for _, size, _ in blocks)
         for _, size, path in sorted(blocks):
             if total <= self.limit:
@@ -324,6 +345,13 @@ class BlockCache:
         with (self.directory / f".lock-{group:02d}").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def _write(path: Path, content: bytes) -> None:

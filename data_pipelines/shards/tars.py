@@ -8,6 +8,7 @@ one pread. KEY.json carries what the index shows, and a checksum of the other me
 from __future__ import annotations
 
 import json
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ from data_pipelines.shards.index import (
 from data_pipelines.shards.storage import CacheConfig, Directory, Storage, open_storage, sync, sync_directory
 
 CHECKSUM = "members_xxh3"  # in KEY.json
+MAPPED = 8192  # indexes of one directory: Linux lets a process map 65,530 files, and a mixture has several directories
 
 
 class ShardFile:
@@ -185,11 +187,17 @@ class ShardSet:
             raise DataError(
                 f"{storage.address}/{min(alone)}: its tar is missing; write the shards again or delete the index"
             )
-        with ThreadPoolExecutor(32) as pool:
-            shards = cls(storage, tars, list(pool.map(partial(read_index, storage), tars)), cache)
+        shards = cls._of(storage, tars, cache)
         if not len(shards):
             raise DataError(f"{storage.address}: no sample in its {len(tars)} shards")
         return shards
+
+    @classmethod
+    def _of(cls, storage: Storage, tars: list[str], cache: CacheConfig | None) -> Self:
+        """Maps the indexes, which processes then share, or reads them where they are too many."""
+        look = partial(read_index, storage, mapped=len(tars) <= MAPPED)
+        with ThreadPoolExecutor(32) as pool:
+            return cls(storage, tars, list(pool.map(look, tars)), cache)
 
     @property
     def address(self) -> str:
@@ -199,7 +207,12 @@ class ShardSet:
         return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (self.address, self._cache)
+        return _opened, (self.address, self._cache, self._packed_names, self.fingerprint)
+
+    @cached_property
+    def _packed_names(self) -> bytes:
+        """The tars, for a pickle: one goes with every job of a worker, and there may be 100,000 of them."""
+        return zlib.compress("\0".join(self.tars).encode())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -250,7 +263,8 @@ class ShardSet:
 
         Members are bytes, latents a view of what was read: they are large, and their tensors can lie where they are.
 
-        Raises `BadSample` when the tar is short, damaged, another one than was indexed, or cannot be read.
+        Raises `BadSample` when the tar is short, damaged, missing or another one than was indexed, and OSError when storage
+        fails: that is no fault of the sample, and to go on with others would change what is trained.
         """
         shard, place = self._place(index)
         key, tar = self.key(index), self.tars[shard]
@@ -259,8 +273,11 @@ class ShardSet:
             raise BadSample(key, f"{index_name(tar)} is damaged")
         try:
             content = self.storage.view(tar, offset, length)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise BadSample(key, f"cannot read {tar} ({error.strerror or error})") from error
+        except OSError as error:
+            error.add_note(f"reading sample {key} in {self.address}/{tar}")
+            raise
         if len(content) < length:
             raise BadSample(key, f"{tar} is truncated")
         payload: dict[str, Any] = {}
@@ -300,9 +317,16 @@ class ShardSet:
 
 
 @lru_cache(maxsize=16)
-def _opened(address: str, cache: CacheConfig | None) -> ShardSet:
-    """What a pickle stands for: a worker process that gets one with every job opens it once."""
-    return ShardSet.open(address, cache)
+def _opened(address: str, cache: CacheConfig | None, packed_names: bytes, fingerprint: str) -> ShardSet:
+    """What a pickle stands for: a worker process that gets one with every job opens it once. Shards that came later are left out.
+
+    Raises `DataError` where it is not what was pickled any more.
+    """
+    tars = zlib.decompress(packed_names).decode().split("\0")
+    shards = ShardSet._of(open_storage(address, cache), tars, cache)
+    if shards.fingerprint != fingerprint:
+        raise DataError(f"{address}: its shards were changed while they are read")
+    return shards
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:

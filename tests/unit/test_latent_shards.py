@@ -32,7 +32,7 @@ from data_pipelines.encode.decode_ahead import (
 from data_pipelines.encode.report import read_tally
 from data_pipelines.encode.run import Encoders, encode_one, encode_shards, wanted_buckets
 from data_pipelines.errors import BadSample, DataError
-from data_pipelines.samples.items import find_items
+from data_pipelines.samples.items import _sampled, find_items
 from data_pipelines.samples.latents import (
     MANIFEST,
     check_buckets,
@@ -469,7 +469,7 @@ def test_a_worker_may_be_late(source: ShardSet, tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_faster_clips_are_sampled_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
+def test_faster_clips_are_sampled_at_the_rate_that_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ShardWriter(tmp_path / "shards") as writer:
         for i, (frames, fps) in enumerate([(25, 24.0), (13, 12.0), (9, 8.0)]):
             about = {"kind": "video", "frames": frames, "fps": fps, "height": 32, "width": 48}
@@ -489,5 +489,11 @@ def test_faster_clips_are_sampled_at_the_rate_that_is_wanted(tmp_path: Path) -> 
     for fps, lengths in ((0.0, [25, 13, 9]), (12.0, [13, 13, 9])):
         items = find_items(source, config, encoded=False, fps=fps)
         assert [items.choose(i, (0, 0))[1].frames for i in range(3)] == lengths
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "data_pipelines.samples.items.frames_at", lambda n, *more: asked.append(n) or frames_at(n, *more)
+    )
+    assert _sampled(np.array([25, 13, 25, 25]), np.array([24.0, 24.0, 24.0, 12.0]), 12.0).tolist() == [13, 7, 13, 25]
+    assert sorted(asked) == [13, 25, 25]  # once for each distinct pair
     assert [frames_at(n, 30000 / 1001, 15.0) for n in (1, 2, 3, 31)] == [(1, 15.0), (1, 15.0), (2, 15.0), (16, 15.0)]
     assert frames_at(10, 24.0, 30.0) == (10, 24.0)

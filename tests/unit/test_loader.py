@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from data_pipelines.batches.loader import DataConfig, Loader, StepBatch, cached_opener
+from data_pipelines.batches.loader import DataConfig, Item, Loader, StepBatch, cached_opener
 from data_pipelines.batches.order import Mixture
 from data_pipelines.buckets import Bucket, BucketConfig, frame_size
 from data_pipelines.errors import DataError
@@ -138,6 +138,23 @@ def test_a_torn_shard_costs_its_samples_and_a_replay_obeys(tmp_path: Path) -> No
     assert not any(batch.replacements for batch in replay)
 
 
+def test_what_can_be_read_costs_no_look_at_the_whole_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_latents(tmp_path / "latents")
+    looked: list[Item] = []
+    candidates = Loader._candidates
+    monkeypatch.setattr(Loader, "_candidates", lambda self, item: looked.append(item) or candidates(self, item))
+    expected = by_position(take(loader(shards).batches(0), 2))
+    assert not looked
+    # Of what an earlier attempt read, only what it can have read is looked through.
+    read = loader(shards, obey={3: "not there"}, max_replacements=2)
+    keys: list[int] = []
+    key = ShardSet.key
+    monkeypatch.setattr(ShardSet, "key", lambda self, row: keys.append(row) or key(self, row))
+    assert read._logged(3, read.item_at(3)) == read.item_at(3).row
+    assert (len(looked), len(keys)) == (1, 2)
+    assert by_position(take(read.batches(0), 2)) == expected
+
+
 def test_nothing_that_fits_or_can_be_read(tmp_path: Path) -> None:
     shards = write_latents(tmp_path / "latents")
     with pytest.raises(DataError, match="none of its 23 samples fits"):
@@ -148,6 +165,17 @@ def test_nothing_that_fits_or_can_be_read(tmp_path: Path) -> None:
         DataError, match=r"shard-00000\d.tar: \d+ samples of bucket \S+ in a row cannot be read, the last s0"
     ):
         take(loader(ShardSet.open(tmp_path / "latents")).batches(0), 1)
+
+
+def test_storage_that_fails_is_no_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_latents(tmp_path / "latents")
+    monkeypatch.setattr("data_pipelines.shards.storage.PAUSES", ())
+    for tar in (tmp_path / "latents").glob("*.tar"):
+        tar.unlink()
+        tar.symlink_to(tar)  # the system's word is ELOOP
+    with pytest.raises(OSError, match="levels of symbolic links") as caught:
+        take(loader(shards).batches(0), 1)
+    assert "reading sample s0" in "".join(caught.value.__notes__)
 
 
 def write_torn(directory: Path) -> ShardSet:

@@ -82,6 +82,7 @@ def test_a_mixture_keeps_its_weights_and_each_sources_order() -> None:
 
 def test_a_small_weight_is_not_lost_and_odd_weights_add_up() -> None:
     assert Mixture([1.0, 1e-9], seed=0).quotas.tolist() == [9999, 1]
+    assert Mixture([100e6, 5000, 5000], seed=0).quotas.tolist() == [9998, 1, 1]
     assert Mixture([1, 1, 1], seed=0).quotas.sum() == 10_000
     assert Mixture([2], seed=0)(12345) == (0, 12345)
     for weights in ([], [1, 0], [1, -1]):

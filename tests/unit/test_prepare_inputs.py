@@ -225,6 +225,22 @@ def test_keys_are_unlike_each_other():
         make_slugs(taken)
 
 
+def test_keys_of_many_long_names_and_of_equal_ones_are_unlike_each_other():
+    names = [
+        f"{folder}/{'x' * 60}{i}" for i in range(75_000) for folder in ("a", "b")
+    ]  # some 32-bit hashes are the same
+    slugs = make_slugs({name: name for name in names} | {f"{i}.tar/clip": "clip" for i in range(1000)})
+    assert len(set(slugs.values())) == 151_000
+    assert max(map(len, slugs.values())) == 60
+
+
+def test_the_second_of_two_equal_keys_among_many_is_found_at_once():
+    names = [f"{i:06d}" for i in range(50_000)]
+    hashed = make_slugs({"a/b": "a/b", "a-b": "a-b"})["a/b"]
+    with pytest.raises(DataError, match="rename"):
+        make_slugs({name: name for name in [*names, "a/b", "a-b", hashed]})
+
+
 def test_machines_one_after_the_other_and_processes_give_the_same_bytes(videos, tmp_path):
     for path in videos.rglob("*.*"):
         path.with_suffix(".txt").write_text(path.stem)

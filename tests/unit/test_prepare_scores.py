@@ -1,6 +1,7 @@
 """Each measure against a closed form, FFmpeg's own filters or SciPy; each limit on a clip made for it."""
 
 import json
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -158,6 +159,22 @@ def test_many_clips_are_compared_in_seconds() -> None:
     found = find_duplicates(signatures, 6)
     assert found[150_000:].tolist() == list(range(50_000))
     assert found[:150_000].max() == -1
+
+
+def test_many_clips_that_are_all_alike_take_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    signatures = np.full((200, 5), 0x123456789ABCDEF, np.uint64)
+    for row in signatures:  # any two differ in four bits at most, and agree in 13 of 17 groups of bits
+        for _ in range(2):
+            row[rng.integers(0, 4)] ^= np.uint64(1 << int(rng.integers(0, 63)))
+    tracemalloc.start()
+    try:
+        found = find_duplicates(signatures, 16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.tolist() == [-1, *[0] * 199]
+    assert peak < 8 << 20
 
 
 def test_limits_are_looked_at_in_order() -> None:

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ import webdataset
 from data_pipelines.errors import BadSample, DataError
 from data_pipelines.shards.index import Problem, Row, index_directory, index_shard, scan_tar
 from data_pipelines.shards.storage import Directory, open_storage
-from data_pipelines.shards.tars import ShardFile, ShardSet, ShardWriter
+from data_pipelines.shards.tars import ShardFile, ShardSet, ShardWriter, _opened
 from tests.clips import numbered, video_bytes
 
 
@@ -414,6 +415,41 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "empty.tar").write_bytes(b"\x1f\x8b" + bytes(3000))
     with pytest.raises(DataError, match=r"no usable sample in 1 tars \(not a plain tar 1\)"):
         index_directory(open_storage(tmp_path), lambda *_: None)
+
+
+def test_another_process_opens_the_same_shards_or_none(tmp_path):
+    shards = write(tmp_path / "shards", 4, samples_per_shard=2)
+    pickled = pickle.dumps(shards)
+    write(tmp_path / "more", 2)
+    for suffix in ("tar", "arrow"):  # between the two that are there
+        shutil.copy(tmp_path / "more" / f"shard-000000.{suffix}", tmp_path / "shards" / f"shard-000000-b.{suffix}")
+    _opened.cache_clear()
+    again = pickle.loads(pickled)
+    assert (again.tars, again.fingerprint, again.key(2)) == (shards.tars, shards.fingerprint, "clip-002")
+    assert len(ShardSet.open(tmp_path / "shards")) == 6
+    shutil.copy(tmp_path / "more" / "shard-000000.arrow", tmp_path / "shards" / "shard-000001.arrow")
+    _opened.cache_clear()
+    with pytest.raises(DataError, match="shards: its shards were changed"):
+        pickle.loads(pickled)
+
+
+def test_more_shards_than_may_be_mapped_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipelines.shards.tars.MAPPED", 3)
+    for count, mapped in ((3, 3), (4, 0)):
+        shards = write(tmp_path / str(count), count, samples_per_shard=1)
+        assert Path("/proc/self/maps").read_text().count(f"{tmp_path}/{count}/shard-") == mapped
+        assert [shards.row(i).caption_tokens for i in range(count)] == list(range(count))
+
+
+def test_an_index_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    write(tmp_path, 2, samples_per_shard=1)
+
+    def refuse(self, name):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(Directory, "mapped", refuse)
+    with pytest.raises(DataError, match=r"shard-000000\.arrow: cannot be read \(Cannot allocate memory\)"):
+        ShardSet.open(tmp_path)
 
 
 def test_many_threads_and_few_descriptors(tmp_path, monkeypatch):

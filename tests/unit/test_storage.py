@@ -2,9 +2,12 @@
 
 import functools
 import http.server
+import os
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -78,7 +81,8 @@ def test_a_shard_that_vanishes_costs_its_samples(bucket: str, s3: str, tmp_path:
         there.read(5)
 
 
-def test_what_is_not_there(s3: str, tmp_path: Path) -> None:
+def test_what_is_not_there(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipelines.shards.storage.PAUSES", ())
     cache = CacheConfig(tmp_path / "cache", 1 << 20)
     for address, said in (
         ("s3://no-such-bucket/shards", "s3://no-such-bucket/shards"),
@@ -164,17 +168,79 @@ def test_a_block_is_fetched_once_whoever_wants_it(tmp_path: Path) -> None:
     assert fetched == [0]
 
 
-def test_reads_that_fail_once_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").write_bytes(b"content")
+def test_what_a_crash_cut_short_is_fetched_again(tmp_path: Path) -> None:
+    for cut in (0, 300):
+        (tmp_path / "a-000000").write_bytes(bytes(cut))
+        (tmp_path / "b-whole").write_bytes(bytes(cut))
+        cache = BlockCache(tmp_path, 1 << 30)
+        assert cache.read("a", 500, 100, 400, lambda first, last: b"x" * (last - first)) == b"x" * 300
+        assert cache.whole("b", 500, lambda: b"x" * 500).read_bytes() == b"x" * 500
+        assert (tmp_path / "a-000000").read_bytes() == b"x" * 500
+
+
+def test_hidden_files_of_dead_writers_go(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 1 << 30)
+    old, new = tmp_path / ".a-000007.123.456", tmp_path / ".a-000008.123.456"
+    for path in (old, new):
+        path.write_bytes(b"half a block")
+    os.utime(old, (0, 0))
+    cache.read("b", 500, 0, 500, lambda first, last: bytes(last - first))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_many_small_files_are_mapped_without_waiting_for_each_other(tmp_path: Path) -> None:
+    storage = Remote(f"memory://{tmp_path}", CacheConfig(tmp_path / "cache", 1 << 30))
+    names = [f"{i:03d}.arrow" for i in range(300)]  # of 64 groups that are locked together, more than one each
+    for name in [*names, "empty"]:
+        storage._files.pipe_file(f"{storage._root}/{name}", b"" if name == "empty" else name.encode())
+    found: dict[str, bytes] = {}
+
+    def map_every_fourth(first: int) -> None:
+        for name in names[first::4]:
+            with storage.mapped(name) as file:
+                found[name] = file.read()
+
+    threads = [threading.Thread(target=map_every_fourth, args=(i,), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert found == {name: name.encode() for name in names}
+    assert storage.read("empty") == b""
+
+
+def test_reads_that_fail_are_tried_again_for_two_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Remote(f"memory://{tmp_path}", CacheConfig(tmp_path / "cache", 0))
     storage._files.pipe_file(f"{storage._root}/a", b"content")
-    calls = iter([OSError("reset by peer"), RuntimeError("client error"), b"content"])
+    slept: list[float] = []
+    monkeypatch.setattr("data_pipelines.shards.storage.time.sleep", slept.append)
+    errors: list[Exception] = []
 
-    def cat_file(*_: object, **__: object) -> bytes:
-        if isinstance(answer := next(calls), bytes):
-            return answer
-        raise answer
+    def failing(read: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            if errors:
+                raise errors.pop()
+            return read(*args, **more)
 
-    monkeypatch.setattr("data_pipelines.shards.storage.PAUSE", 0.0)
-    monkeypatch.setattr(storage._files, "cat_file", cat_file, raising=False)
+        return call
+
+    for name in ("cat_file", "info", "ls"):
+        monkeypatch.setattr(storage._files, name, failing(getattr(storage._files, name)), raising=False)
+    errors += [OSError("reset by peer"), RuntimeError("client error")]
+    assert storage.names() == ["a"]
+    storage._facts.clear()
+    errors += [OSError("reset by peer"), RuntimeError("client error")]
+    assert storage._fact("a")[0] == 7
+    errors += [OSError("reset by peer"), RuntimeError("client error")]
     assert storage.read("a") == b"content"
+    assert slept == [0.1, 0.4] * 3
+    slept.clear()
+    errors += [OSError("reset by peer")] * 100
+    with pytest.raises(OSError, match="reset by peer"):
+        storage.read("a")
+    assert 110 < sum(slept) < 130
+    errors[:] = [FileNotFoundError("a")]
+    slept.clear()
+    with pytest.raises(FileNotFoundError):
+        storage.read("a")
+    assert not slept
