@@ -79,7 +79,7 @@ class Generator:
         pt, _, _ = self.config.patch
         chunk = chunk_of(self.config) * pt
         conditions = self._conditions(prompt)
-        caches: list[Cache] = [{} for _ in conditions]
+        caches = [Cache() for _ in conditions]
         for number, begin in enumerate(range(0, T, chunk)):
             end = min(begin + chunk, T)
             known = given.part(begin, end) if given is not None else None
@@ -183,7 +183,7 @@ class Generator:
             answers = []
             for item, cache in zip(items, caches, strict=False):
                 row = self._pack([item])
-                answers.append(self.predict(row, cache if remember else dict(cache)).float()[: len(tokens)])
+                answers.append(self.predict(row, cache if remember else Cache(cache)).float()[: len(tokens)])
                 if remember and (padding := row.video.total - len(tokens)):
                     cache.update({layer: (k[:-padding], v[:-padding]) for layer, (k, v) in cache.items()})
         return [split_variance(answer, self.objective.outputs, shape, patch) for answer in answers]

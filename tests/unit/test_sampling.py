@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.utils import _to_kwargs
 
 from megasora.diffusion.flow import FlowConfig
 from megasora.diffusion.gaussian import GaussianConfig
 from megasora.diffusion.objective import build_objective
 from megasora.errors import ConfigError
+from megasora.models.base import Cache
 from megasora.models.packing import PackedRow
 from megasora.models.text import Text
 from megasora.models.video_dit import VideoDiT, VideoDiTConfig
@@ -108,12 +110,27 @@ def test_a_cached_rollout_is_the_uncached_one(window: int, guidance: float) -> N
             return ask_uncached(model, row, whole.latent[:, : 2 * number])
 
         made.predict = with_past
-        caches: list[Any] = [{}, {}]
+        caches = [Cache(), Cache()]
         fresh = made._sample((4, 2, 4, 4), prompt, None, (number,), 2 * number, caches)
         made.predict = model
         done = torch.cat([done, fresh], dim=1)
     assert done.std() > 0.1
     torch.testing.assert_close(cached, done, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrapper_that_moves_arguments_loses_no_chunk() -> None:
+    """As FSDP2 does to those of its root on a GPU."""
+    made = generator(noisy_model(CHUNKED), CHUNKED, guidance=2.0)
+    prompt = Prompt(text(1), text(2), seed=3)
+    expected = torch.cat(list(made.rollout(SHAPE, prompt)), dim=1)
+    model = made.predict
+
+    def moved(*args: Any) -> Tensor:
+        (args,), _ = _to_kwargs(args, {}, CPU, False)
+        return model(*args)
+
+    made.predict = moved
+    assert torch.equal(torch.cat(list(made.rollout(SHAPE, prompt)), dim=1), expected)
 
 
 def ask_uncached(model: Any, row: PackedRow, past: Tensor) -> Tensor:
