@@ -1,6 +1,8 @@
 """Guidance, given frames, sizes that cannot be, and the two ways to long videos."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +13,15 @@ from torch.distributed.utils import _to_kwargs
 from megasora.diffusion.flow import FlowConfig
 from megasora.diffusion.gaussian import GaussianConfig
 from megasora.diffusion.objective import build_objective
+from megasora.engines.torch_native import EngineConfig
 from megasora.errors import ConfigError
 from megasora.models.base import Cache
-from megasora.models.packing import PackedRow
+from megasora.models.packing import Item, PackedRow, pack
 from megasora.models.text import Text
 from megasora.models.video_dit import VideoDiT, VideoDiTConfig
 from megasora.sampling import Generator, Prompt, latent_shape, leading
-from megasora.schema import SampleConfig
+from megasora.schema import Config, SampleConfig
+from megasora.verbs import sample as verb
 
 CONFIG = VideoDiTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, text_width=24)
 CPU = torch.device("cpu")
@@ -199,3 +203,35 @@ def test_the_latents_shape_and_what_cannot_be_made() -> None:
         latent_shape(SampleConfig(width=8), "frames", 16, (4, 8, 8), (1, 2, 2))
     with pytest.raises(ConfigError, match=r"sample.window=18: nearest that the model can make is 17"):
         latent_shape(SampleConfig(frames=40, window=18), "window", 16, (4, 8, 8), (1, 2, 2))
+
+
+def test_the_verb_computes_in_the_precision_of_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One process under autocast, several with an engine of that precision; without fp8."""
+    whole, asked = noisy_model(CONFIG).eval(), []
+
+    def fill(path: Path, tensors: dict[str, Tensor], **_: Any) -> None:
+        for name, parameter in whole.named_parameters():
+            if tensors:
+                tensors[f"ema/{name}"].copy_(parameter.detach())
+
+    def engine(config: Config, group: Any, blank: bool) -> Any:
+        asked.append(config.precision)
+        return SimpleNamespace(tensors=dict, loaded=lambda: None, predict=None)
+
+    monkeypatch.setattr(verb, "resume_path", lambda *_: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(verb, "read_facts", lambda path: {"step": 3})
+    monkeypatch.setattr(verb, "load", fill)
+    monkeypatch.setattr(verb, "build_engine", engine)
+    row = pack([Item(torch.randn(8, 16), (2, 2, 2), torch.full((2,), 0.5), text(1).tokens, torch.zeros(0))])
+    plain = Config(model=CONFIG)
+    lower = replace(plain, precision=EngineConfig(precision="bf16", fp8="tensor", fp8_gather=True))
+    one, two = (SimpleNamespace(world=world, device=CPU) for world in (1, 2))
+    with torch.no_grad():
+        assert torch.equal(verb.load_model(plain, one)[0](row), whole(row))  # type: ignore[arg-type]
+        rounded = verb.load_model(lower, one)[0](row)  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(rounded, whole(row))
+    assert rounded.dtype == torch.bfloat16
+    for config in (plain, lower):
+        verb.load_model(config, two)  # type: ignore[arg-type]
+    assert asked == [EngineConfig(), EngineConfig(precision="bf16")]
