@@ -106,15 +106,23 @@ class Processes:
         """Whether this process is the one of its replica that writes down what all of them have."""
         return not any(self.place[axis] for axis in ("pp", "cp", "tp"))
 
+    @cached_property
+    def speakers(self) -> dist.ProcessGroup:
+        """Those that speak, over gloo: what they say stays in the hosts' memory. All of them ask for it together."""
+        ranks = self.mesh.mesh[0, :, :, 0, 0].flatten().tolist()
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True, group_desc="speakers")
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
 def on_main(group: Processes, mine: dict[int, T]) -> dict[int, T]:
-    """What all processes have, by number, on the main one; the others get nothing."""
-    found: list[dict[int, T]] | None = [mine] * group.world if group.is_main else None
-    dist.gather_object(mine, found)
+    """What all processes that speak have, by number, on the main one; the others get nothing."""
+    if not group.speaks:
+        return {}
+    found: list[dict[int, T]] | None = [mine] * group.layout.dp if group.is_main else None
+    dist.gather_object(mine, found, group=group.speakers)  # padded to the largest share: too much for a GPU
     return {number: value for share in found or [] for number, value in share.items()}
 
 
