@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megasora.diffusion.flow import Flow, size_shift
 from megasora.diffusion.objective import Objective
 from megasora.diffusion.samplers import SAMPLERS, Sampler, guidance_at, guide
 from megasora.errors import ConfigError
@@ -69,7 +70,7 @@ class Generator:
     @torch.no_grad()
     def generate(self, shape: LatentShape, prompt: Prompt, given: Given | None = None) -> Tensor:
         """One latent [C, T, H, W], in one piece. Both passes of guidance lie side by side in one packed row."""
-        return self._sample(shape, prompt, given, name=(), first_frame=0, caches=None)
+        return self._sample(shape, prompt, given, self._shift(shape))
 
     @torch.no_grad()
     def rollout(self, shape: LatentShape, prompt: Prompt, given: Given | None = None) -> Iterator[Tensor]:
@@ -86,7 +87,8 @@ class Generator:
             if known is not None and bool(known.mask.all()):
                 latent = known.latent.to(self.device)
             else:
-                latent = self._sample((C, end - begin, H, W), prompt, known, (number,), begin // pt, caches)
+                part = (C, end - begin, H, W)
+                latent = self._sample(part, prompt, known, self._shift(shape), (number,), begin // pt, caches)
             self._predict(latent, torch.zeros((end - begin) // pt), conditions, begin // pt, caches, remember=True)
             self._forget(caches, latent)
             yield latent
@@ -108,7 +110,7 @@ class Generator:
         """
         made = 0
         for number in itertools.count():
-            latent = self._sample(shape, prompt, given, (number,) if number else (), first_frame=0, caches=None)
+            latent = self._sample(shape, prompt, given, self._shift(shape), (number,) if number else ())
             pixels = decode(latent)  # [3, T', H', W']
             fresh = pixels[:, self.settings.overlap if number else 0 :][:, : frames - made]
             made += fresh.shape[1]
@@ -123,9 +125,10 @@ class Generator:
         shape: LatentShape,
         prompt: Prompt,
         given: Given | None,
-        name: tuple[int, ...],
-        first_frame: int,
-        caches: list[Cache] | None,
+        shift: float,
+        name: tuple[int, ...] = (),
+        first_frame: int = 0,
+        caches: list[Cache] | None = None,
     ) -> Tensor:
         noise = normal(shape, "sample", prompt.seed, *name, device=self.device)
         conditions = self._conditions(prompt)
@@ -149,9 +152,13 @@ class Generator:
         def noise_of(step: int, i: int, like: Tensor) -> Tensor:
             return normal(tuple(like.shape), "ancestral", prompt.seed, *name, step, i, device=self.device)
 
-        settings = self.settings
-        latent = self.sampler(self.objective, predict, [noise], settings.steps, settings.shift, noise_of)[0]
+        latent = self.sampler(self.objective, predict, [noise], self.settings.steps, shift, noise_of)[0]
         return latent if clean is None else torch.where(where, clean, latent)
+
+    def _shift(self, shape: LatentShape) -> float:
+        """Of the timesteps of a whole video, as its size moves them in training (Open-Sora 1.2)."""
+        by_size = size_shift(shape[1:], self.objective.config) if isinstance(self.objective, Flow) else 1.0
+        return self.settings.shift * by_size
 
     def _conditions(self, prompt: Prompt) -> list[tuple[Text, int]]:
         """What the model is told: the prompt, and, where there is guidance, what to be guided away from."""

@@ -126,7 +126,7 @@ class SampleConfig:
     sampler: str = ""  # flow: euler (default), heun; gaussian: ddpm (default), ddim, dpmpp
     guidance: float = 4.0  # classifier-free; 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps in which guidance acts
-    shift: float = 1.0
+    shift: float = 1.0  # of the timesteps, as a stage's; times that of the size with flow.shift_by_size
     seed: int = 0
     first: str = ""  # a picture that the video begins with
     last: str = ""  # a picture that it ends with

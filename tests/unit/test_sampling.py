@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.utils import _to_kwargs
 
-from megasora.diffusion.flow import FlowConfig
+from megasora.diffusion.flow import Flow, FlowConfig
 from megasora.diffusion.gaussian import GaussianConfig
 from megasora.diffusion.objective import build_objective
 from megasora.engines.torch_native import EngineConfig
@@ -91,6 +91,19 @@ def test_a_sample_is_a_function_of_its_seed(objective: str) -> None:
     assert not torch.allclose(first, other)
 
 
+def test_a_size_shifts_the_timesteps_as_in_training() -> None:
+    """Of a latent four times the reference, twice as far: 1.5 and the size are 3 without. Chunks go by the whole video."""
+    prompt, flow = Prompt(text(1), text(2), seed=3), FlowConfig(shift_by_size=True, shift_reference=(6, 2, 2))
+    for config in (CONFIG, CHUNKED):
+        model, made = noisy_model(config), []
+        for learns, shift in ((Flow(flow), 1.5), (Flow(FlowConfig()), 3.0)):
+            one = Generator(model, config, learns, "flow", SampleConfig(steps=3, shift=shift), CPU)
+            made.append(
+                torch.cat(list(one.rollout(SHAPE, prompt)), 1) if config is CHUNKED else one.generate(SHAPE, prompt)
+            )
+        assert torch.equal(*made)
+
+
 CHUNKED = replace(CONFIG, temporal="chunk_causal", chunk=2)
 
 
@@ -115,7 +128,7 @@ def test_a_cached_rollout_is_the_uncached_one(window: int, guidance: float) -> N
 
         made.predict = with_past
         caches = [Cache(), Cache()]
-        fresh = made._sample((4, 2, 4, 4), prompt, None, (number,), 2 * number, caches)
+        fresh = made._sample((4, 2, 4, 4), prompt, None, 1.0, (number,), 2 * number, caches)
         made.predict = model
         done = torch.cat([done, fresh], dim=1)
     assert done.std() > 0.1
