@@ -16,7 +16,7 @@ from megasora.diffusion.objective import Objective
 from megasora.diffusion.samplers import SAMPLERS, Sampler, guidance_at, guide
 from megasora.errors import ConfigError
 from megasora.models.base import Cache
-from megasora.models.families import AnyModelConfig, chunk_of, window_of
+from megasora.models.families import AnyModelConfig, chunk_of, hears_guidance, window_of
 from megasora.models.packing import Item, PackedRow, Patch, in_patches, pack, patchify, unpatchify
 from megasora.models.text import Text
 from megasora.schema import SampleConfig
@@ -145,7 +145,7 @@ class Generator:
             timesteps = torch.full((frames,), t).masked_fill(kept_frames, 0.0)
             scale = guidance_at(t, self.settings.guidance, interval)
             asked = conditions if scale != 1 else conditions[:1]
-            answers = self._predict(latent, timesteps, asked, first_frame, caches, remember=False)
+            answers = self._predict(latent, timesteps, asked, first_frame, caches, remember=False, guidance=scale)
             mean, variance = answers[0]
             return [(mean if len(asked) == 1 else guide(mean, answers[1][0], scale), variance)]
 
@@ -161,9 +161,10 @@ class Generator:
         return self.settings.shift * by_size
 
     def _conditions(self, prompt: Prompt) -> list[tuple[Text, int]]:
-        """What the model is told: the prompt, and, where there is guidance, what to be guided away from."""
+        """What the model is told: the prompt, and, where guidance is by a second pass, what to be guided away from."""
         told = [(prompt.text, prompt.label)]
-        return told if self.settings.guidance == 1 else [*told, (prompt.negative, -1)]
+        alone = self.settings.guidance == 1 or hears_guidance(self.config)
+        return told if alone else [*told, (prompt.negative, -1)]
 
     def _predict(
         self,
@@ -173,14 +174,16 @@ class Generator:
         first_frame: int,
         caches: list[Cache] | None,
         remember: bool,
+        guidance: float = 1.0,
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """The model's word on [C, T, H, W] under each condition. Cached keys are added to only if it is to `remember`."""
+        """The model's word on [C, T, H, W] under each condition. Cached keys are added to only if it is to `remember`. Models
+        that hear the `guidance` answer with it; of others it is for the caller."""
         patch, shape = self.config.patch, tuple(latent.shape[1:])
         tokens = patchify(latent, patch)
         fps = self.settings.fps if self.settings.frames > 1 else 0.0
         items = [
             Item(tokens, in_patches(shape, patch), timesteps, text.tokens.to(self.device), text.pooled.to(self.device),
-                 fps=fps, label=label, first_frame=first_frame)
+                 fps=fps, label=label, first_frame=first_frame, guidance=guidance)
             for text, label in conditions
         ]  # fmt: skip
         if caches is None:

@@ -124,7 +124,7 @@ class SampleConfig:
     fps: float = 12.0
     steps: int = 30
     sampler: str = ""  # flow: euler (default), heun; gaussian: ddpm (default), ddim, dpmpp
-    guidance: float = 4.0  # classifier-free; 1 is none
+    guidance: float = 4.0  # classifier-free; 1 is none. A model with guidance_embed is told it, and no negative
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps in which guidance acts
     shift: float = 1.0  # of the timesteps, as a stage's; times that of the size with flow.shift_by_size
     seed: int = 0

@@ -16,6 +16,8 @@ from megasora.diffusion.objective import build_objective
 from megasora.engines.torch_native import EngineConfig
 from megasora.errors import ConfigError
 from megasora.models.base import Cache
+from megasora.models.families import AnyModelConfig
+from megasora.models.mmdit import MMDiTConfig
 from megasora.models.packing import Item, PackedRow, pack
 from megasora.models.text import Text
 from megasora.models.video_dit import VideoDiT, VideoDiTConfig
@@ -36,7 +38,7 @@ class SaysItsText(nn.Module):
         return first[row.video.index][:, None].expand(row.tokens.shape)
 
 
-def generator(model: nn.Module, config: VideoDiTConfig = CONFIG, objective: str = "flow", **settings: Any) -> Generator:
+def generator(model: nn.Module, config: AnyModelConfig = CONFIG, objective: str = "flow", **settings: Any) -> Generator:
     learns = build_objective(objective, FlowConfig(), GaussianConfig())
     return Generator(model, config, learns, objective, SampleConfig(**{"steps": 2, **settings}), CPU)
 
@@ -89,6 +91,25 @@ def test_a_sample_is_a_function_of_its_seed(objective: str) -> None:
     first, again, other = (made.generate(SHAPE, Prompt(text(1), text(2), seed=s)) for s in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
+
+
+class SaysItsGuidance(nn.Module):
+    """The velocity of every token is the scale that its sample hears."""
+
+    def forward(self, row: PackedRow) -> Tensor:
+        return row.guidance[row.video.index][:, None].expand(row.tokens.shape)
+
+
+@pytest.mark.parametrize(("interval", "moved"), [((0.0, 1.0), 6.0), ((0.0, 0.6), 3.5)])
+def test_a_model_that_hears_the_guidance_is_not_guided_again(interval: tuple[float, float], moved: float) -> None:
+    """Its answer to the scale 6 is the velocity 6; two steps, of which the first, at t = 1, may lie outside the interval."""
+    hears = MMDiTConfig(width=48, heads=4, ffn=96, axes=(4, 4, 4), channels=4, guidance_embed=True)
+    prompt = Prompt(text(1), text(2), seed=0)
+    made = [
+        generator(SaysItsGuidance(), hears, guidance=scale, guidance_interval=interval).generate((4, 1, 4, 4), prompt)
+        for scale in (6.0, 1.0)
+    ]
+    torch.testing.assert_close(made[1] - made[0], torch.full_like(made[0], moved - 1))
 
 
 def test_a_size_shifts_the_timesteps_as_in_training() -> None:
