@@ -17,7 +17,7 @@ from megasora.parallel.context import Context
 from megasora.parallel.layout import Layout, parse_layout
 from megasora.parallel.pipeline import Place
 
-LINKS = ("pp_forward_even", "pp_forward_odd", "pp_backward_even", "pp_backward_odd")
+LINKS = ("even", "odd", "closing")  # of a pipeline: see `Place`
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
@@ -97,9 +97,15 @@ class Processes:
     def pipeline(self) -> Place:
         """This process's place in its pipeline. All ranks of the pipeline ask for it together."""
         ranks = dist.get_process_group_ranks(self.mesh["pp"].get_group())
-        groups = [dist.new_group(ranks, use_local_synchronization=True, group_desc=name) for name in LINKS]
         layout = self.layout
-        return Place(self.place["pp"], layout.pp, layout.schedule, (groups[0], groups[1]), (groups[2], groups[3]))
+        links = LINKS if layout.schedule == "interleaved" and layout.pp % 2 else LINKS[:2]
+        forward, backward = (
+            tuple(
+                dist.new_group(ranks, use_local_synchronization=True, group_desc=f"pp_{way}_{link}") for link in links
+            )
+            for way in ("forward", "backward")
+        )
+        return Place(self.place["pp"], layout.pp, layout.schedule, forward, backward)
 
     @property
     def speaks(self) -> bool:
