@@ -64,9 +64,7 @@ class Stage:
     steps: int = 1000
     lr: float | None = None  # peak; default optim.lr
     shift: float = 1.0  # of the timesteps, towards noise
-    drop_captions: float = (
-        0.1  # share of samples trained on the empty caption or without class, for guidance; classifiers: 0
-    )
+    drop_captions: float = 0.1  # share of samples trained without caption or class, for guidance; not a classifier's
     tasks: dict[str, float] = field(
         default_factory=lambda: {"text": 1.0}
     )  # shares: text, image, first_last, extend, ...
