@@ -42,7 +42,7 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     find_attention(config.model.attention)
     check_layout(config.model, group.layout, node_of(config))
     check_engine(config, group.layout)
-    check_fp8(config.precision.fp8, compute_capability())
+    check_fp8(config.precision.fp8, compute_capability(), config.parallel.recompute)
     if config.precision.fp8_gather and (group.layout.zero < 2 or group.layout.tp > 1):
         raise ConfigError(f"precision.fp8_gather=true: goes with zero2 or zero3 and without tp, not {group.layout}")
     if config.eval.every:

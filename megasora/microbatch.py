@@ -123,8 +123,9 @@ def build_microbatch(samples: Sequence[Sample], recipe: Recipe, length: int, tal
 
 
 def drops_caption(recipe: Recipe, name: tuple[int, int, int]) -> bool:
-    """Whether a sample is trained on the empty caption, or without its class."""
-    return torch.rand((), generator=generator("caption", *name)).item() < recipe.drop_captions
+    """Whether a sample is trained on the empty caption, or without its class; never of a classifier, which learns the class."""
+    drawn = torch.rand((), generator=generator("caption", *name)).item()
+    return recipe.objective is not None and drawn < recipe.drop_captions
 
 
 def draw_frames(

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megasora.diffusion.flow import Flow, size_shift
 from megasora.diffusion.objective import Objective
 from megasora.diffusion.samplers import SAMPLERS, Sampler, guidance_at, guide
 from megasora.errors import ConfigError
 from megasora.models.base import Cache
-from megasora.models.families import AnyModelConfig, chunk_of, window_of
+from megasora.models.families import AnyModelConfig, chunk_of, hears_guidance, window_of
 from megasora.models.packing import Item, PackedRow, Patch, in_patches, pack, patchify, unpatchify
 from megasora.models.text import Text
 from megasora.schema import SampleConfig
@@ -69,7 +70,7 @@ class Generator:
     @torch.no_grad()
     def generate(self, shape: LatentShape, prompt: Prompt, given: Given | None = None) -> Tensor:
         """One latent [C, T, H, W], in one piece. Both passes of guidance lie side by side in one packed row."""
-        return self._sample(shape, prompt, given, name=(), first_frame=0, caches=None)
+        return self._sample(shape, prompt, given, self._shift(shape))
 
     @torch.no_grad()
     def rollout(self, shape: LatentShape, prompt: Prompt, given: Given | None = None) -> Iterator[Tensor]:
@@ -79,14 +80,15 @@ class Generator:
         pt, _, _ = self.config.patch
         chunk = chunk_of(self.config) * pt
         conditions = self._conditions(prompt)
-        caches: list[Cache] = [{} for _ in conditions]
+        caches = [Cache() for _ in conditions]
         for number, begin in enumerate(range(0, T, chunk)):
             end = min(begin + chunk, T)
             known = given.part(begin, end) if given is not None else None
             if known is not None and bool(known.mask.all()):
                 latent = known.latent.to(self.device)
             else:
-                latent = self._sample((C, end - begin, H, W), prompt, known, (number,), begin // pt, caches)
+                part = (C, end - begin, H, W)
+                latent = self._sample(part, prompt, known, self._shift(shape), (number,), begin // pt, caches)
             self._predict(latent, torch.zeros((end - begin) // pt), conditions, begin // pt, caches, remember=True)
             self._forget(caches, latent)
             yield latent
@@ -108,7 +110,7 @@ class Generator:
         """
         made = 0
         for number in itertools.count():
-            latent = self._sample(shape, prompt, given, (number,) if number else (), first_frame=0, caches=None)
+            latent = self._sample(shape, prompt, given, self._shift(shape), (number,) if number else ())
             pixels = decode(latent)  # [3, T', H', W']
             fresh = pixels[:, self.settings.overlap if number else 0 :][:, : frames - made]
             made += fresh.shape[1]
@@ -123,9 +125,10 @@ class Generator:
         shape: LatentShape,
         prompt: Prompt,
         given: Given | None,
-        name: tuple[int, ...],
-        first_frame: int,
-        caches: list[Cache] | None,
+        shift: float,
+        name: tuple[int, ...] = (),
+        first_frame: int = 0,
+        caches: list[Cache] | None = None,
     ) -> Tensor:
         noise = normal(shape, "sample", prompt.seed, *name, device=self.device)
         conditions = self._conditions(prompt)
@@ -142,21 +145,26 @@ class Generator:
             timesteps = torch.full((frames,), t).masked_fill(kept_frames, 0.0)
             scale = guidance_at(t, self.settings.guidance, interval)
             asked = conditions if scale != 1 else conditions[:1]
-            answers = self._predict(latent, timesteps, asked, first_frame, caches, remember=False)
+            answers = self._predict(latent, timesteps, asked, first_frame, caches, remember=False, guidance=scale)
             mean, variance = answers[0]
             return [(mean if len(asked) == 1 else guide(mean, answers[1][0], scale), variance)]
 
         def noise_of(step: int, i: int, like: Tensor) -> Tensor:
             return normal(tuple(like.shape), "ancestral", prompt.seed, *name, step, i, device=self.device)
 
-        settings = self.settings
-        latent = self.sampler(self.objective, predict, [noise], settings.steps, settings.shift, noise_of)[0]
+        latent = self.sampler(self.objective, predict, [noise], self.settings.steps, shift, noise_of)[0]
         return latent if clean is None else torch.where(where, clean, latent)
 
+    def _shift(self, shape: LatentShape) -> float:
+        """Of the timesteps of a whole video, as its size moves them in training (Open-Sora 1.2)."""
+        by_size = size_shift(shape[1:], self.objective.config) if isinstance(self.objective, Flow) else 1.0
+        return self.settings.shift * by_size
+
     def _conditions(self, prompt: Prompt) -> list[tuple[Text, int]]:
-        """What the model is told: the prompt, and, where there is guidance, what to be guided away from."""
+        """What the model is told: the prompt, and, where guidance is by a second pass, what to be guided away from."""
         told = [(prompt.text, prompt.label)]
-        return told if self.settings.guidance == 1 else [*told, (prompt.negative, -1)]
+        alone = self.settings.guidance == 1 or hears_guidance(self.config)
+        return told if alone else [*told, (prompt.negative, -1)]
 
     def _predict(
         self,
@@ -166,14 +174,16 @@ class Generator:
         first_frame: int,
         caches: list[Cache] | None,
         remember: bool,
+        guidance: float = 1.0,
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """The model's word on [C, T, H, W] under each condition. Cached keys are added to only if it is to `remember`."""
+        """The model's word on [C, T, H, W] under each condition. Cached keys are added to only if it is to `remember`. Models
+        that hear the `guidance` answer with it; of others it is for the caller."""
         patch, shape = self.config.patch, tuple(latent.shape[1:])
         tokens = patchify(latent, patch)
         fps = self.settings.fps if self.settings.frames > 1 else 0.0
         items = [
             Item(tokens, in_patches(shape, patch), timesteps, text.tokens.to(self.device), text.pooled.to(self.device),
-                 fps=fps, label=label, first_frame=first_frame)
+                 fps=fps, label=label, first_frame=first_frame, guidance=guidance)
             for text, label in conditions
         ]  # fmt: skip
         if caches is None:
@@ -183,7 +193,7 @@ class Generator:
             answers = []
             for item, cache in zip(items, caches, strict=False):
                 row = self._pack([item])
-                answers.append(self.predict(row, cache if remember else dict(cache)).float()[: len(tokens)])
+                answers.append(self.predict(row, cache if remember else Cache(cache)).float()[: len(tokens)])
                 if remember and (padding := row.video.total - len(tokens)):
                     cache.update({layer: (k[:-padding], v[:-padding]) for layer, (k, v) in cache.items()})
         return [split_variance(answer, self.objective.outputs, shape, patch) for answer in answers]

@@ -64,7 +64,7 @@ class Stage:
     steps: int = 1000
     lr: float | None = None  # peak; default optim.lr
     shift: float = 1.0  # of the timesteps, towards noise
-    drop_captions: float = 0.1  # share of samples trained on the empty caption or without their class, for guidance
+    drop_captions: float = 0.1  # share of samples trained without caption or class, for guidance; not a classifier's
     tasks: dict[str, float] = field(
         default_factory=lambda: {"text": 1.0}
     )  # shares: text, image, first_last, extend, ...
@@ -124,9 +124,9 @@ class SampleConfig:
     fps: float = 12.0
     steps: int = 30
     sampler: str = ""  # flow: euler (default), heun; gaussian: ddpm (default), ddim, dpmpp
-    guidance: float = 4.0  # classifier-free; 1 is none
+    guidance: float = 4.0  # classifier-free; 1 is none. A model with guidance_embed is told it, and no negative
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps in which guidance acts
-    shift: float = 1.0
+    shift: float = 1.0  # of the timesteps, as a stage's; times that of the size with flow.shift_by_size
     seed: int = 0
     first: str = ""  # a picture that the video begins with
     last: str = ""  # a picture that it ends with

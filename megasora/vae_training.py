@@ -35,7 +35,7 @@ class TrainVAEConfig:
     gan_start: int = 1000  # steps before it begins
     gan_lr: float = 1e-4  # of the discriminator
     warmup: int = 20
-    clip: float = 1.0
+    clip: float = 1.0  # of the gradients' norm; 0: off
     ema: float = 0.99
     eval_every: int = 0  # PSNR and SSIM of held-out crops every so many steps; 0: at the end only
     eval_input: str = ""  # shards to measure on; empty: other crops of the training shards
@@ -48,11 +48,12 @@ class TrainVAEConfig:
             ("frames", 1),
             ("size", 11),
             ("gan_start", 0),
+            ("warmup", 0),
             ("eval_every", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
-        for name in ("kl", "l2", "lpips_weight", "gan_weight"):
+        for name in ("kl", "l2", "lpips_weight", "gan_weight", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more")
         for name in ("lr", "gan_lr"):
@@ -89,7 +90,7 @@ def train_vae(
         video = clips(step, batch, frames).to(device)
         decay = (1 + math.cos(math.pi * step / config.steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup) * (0.02 + 0.98 * decay)
+            group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (0.02 + 0.98 * decay)
         mean, logvar = vae.posterior(video)
         latent = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator).to(device)
         restored = vae.reconstruct(latent)
@@ -106,7 +107,8 @@ def train_vae(
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"train_vae: the loss of step {step + 1} is {loss.item()}; a lower lr may help")
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), config.clip)
+        if config.clip:
+            nn.utils.clip_grad_norm_(vae.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if judge is not None and step >= config.gan_start:

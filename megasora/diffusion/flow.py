@@ -4,9 +4,8 @@ Knows no model: tensors in, tensors out, of any shape. Timesteps are fp32 always
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -80,22 +79,3 @@ class Flow:
     def loss(self, prediction: Tensor, data: Tensor, noise: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """[L, P] prediction of the velocity -> [L] mean squared error, fp32. Needs neither `noisy` nor `t`."""
         return (prediction.float() - velocity(data, noise)).square().mean(-1)
-
-
-def euler(
-    predict: Callable[[list[Tensor], float], list[Tensor]], noise: list[Tensor], steps: int, shift: float
-) -> list[Tensor]:
-    """Integrates the velocity from t = 1 to 0 in `steps` Euler steps, on a grid bent by `shift`.
-
-    `predict(x, t)` gives the velocity of every tensor of the list `x` (samples of any shape) at time t.
-    """
-    times = shift_timestep(torch.linspace(1, 0, steps + 1, dtype=torch.float32), shift).tolist()
-    x = noise
-    for t, following in pairwise(times):
-        x = [a + (following - t) * v for a, v in zip(x, predict(x, t), strict=True)]
-    return x
-
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): unconditional + scale · (conditional - unconditional)."""
-    return unconditional + scale * (conditional - unconditional)

@@ -1,5 +1,6 @@
 """What every family shares: the numbers that say how a model meets its data, and the shape of a model: entry, blocks, exit."""
 
+from collections import UserDict
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from megasora.models.attention import NAMES, Attention
 from megasora.models.packing import PackedRow, Patch
 
-Cache = dict[
-    nn.Module, tuple[Tensor, Tensor]
-]  # of each attention layer the keys and values [M, N, K] of the frames before
+
+class Cache(UserDict[nn.Module, tuple[Tensor, Tensor]]):
+    """Of each attention layer the keys and values [M, N, K] of the frames before. No dict: wrappers of models (FSDP2 on a GPU)
+    copy those among the arguments, and what layers add would be in the copy."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,11 @@ def window_of(config: AnyModelConfig) -> int:
     return config.window * config.chunk if isinstance(config, video_dit.VideoDiTConfig) else 0
 
 
+def hears_guidance(config: AnyModelConfig) -> bool:
+    """Whether the model is told the guidance scale and answers as if guided."""
+    return isinstance(config, mmdit.MMDiTConfig) and config.guidance_embed
+
+
 def parameter_count(config: Any) -> int:
     """Parameters of a model, counted without building its weights; of DiT as its authors count, with the table of positions."""
     with torch.device("meta"):

@@ -121,6 +121,8 @@ def efficient_backward(
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if k.shape[1] == 1:  # cuDNN refuses a single key
+        return sdpa_forward(q, k, v)
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*contiguous(*heads_first(q, k, v)), None, True)[:2]
     out, lse = tokens_first(out, lse.flatten(2))  # cuDNN's lse has a dimension of one at its end
     return out, lse
@@ -129,6 +131,8 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if k.shape[1] == 1:
+        return sdpa_backward(grad, q, k, v, out, lse)
     given = contiguous(*heads_first(grad, q, k, v, out, lse[..., None]))
     seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(

@@ -243,11 +243,10 @@ class MMDiT(Model[MMSetting]):
             if ("time_embed." in name or "guidance_embed." in name) and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
 
-    def setting(self, row: PackedRow, guidance: Tensor | None = None) -> MMSetting:
-        """With `guidance_embed`, `guidance` [S] is the scale of the guided prediction that is wanted; none: 1, the plain one."""
+    def setting(self, row: PackedRow) -> MMSetting:
         joint = join(row)
         with torch.autocast(row.tokens.device.type, enabled=False):
-            condition = self._condition(row, guidance)  # [S + R, D], fp32
+            condition = self._condition(row)  # [S + R, D], fp32
             angles = axial_angles(row.attended.grid, self.config.axes, self.config.theta)  # [pieces · L, K/2], fp32
             text_angles = angles.new_zeros(joint.pieces * joint.text, angles.shape[1])
             both = rotation_table(joint.beside(text_angles, angles))  # [pieces · (M + L), K/2, 2]
@@ -273,16 +272,12 @@ class MMDiT(Model[MMSetting]):
             return self.text_embed(row.text, row.caption, text_timestep(row), self.attention)  # [M, D]
         return self.text_embed(row.text)  # [M, D]
 
-    def _condition(self, row: PackedRow, guidance: Tensor | None) -> Tensor:
+    def _condition(self, row: PackedRow) -> Tensor:
         """[S + R, D] fp32: what modulates the text of each sample, then each run: timestep and pooled text, and guidance."""
-        S = len(row.shapes)
         timestep = torch.cat([text_timestep(row), row.timestep])  # [S + R]
         of_sample = self.pooled_embed(row.pooled.float())  # [S, D]
         if self.guidance_embed is not None:
-            scale = row.timestep.new_ones(S) if guidance is None else guidance  # [S]
-            of_sample = of_sample + self.guidance_embed(timestep_embedding(scale))  # [S, D]
-        elif guidance is not None:
-            raise ValueError("guidance: this model takes none (guidance_embed=false)")
+            of_sample = of_sample + self.guidance_embed(timestep_embedding(row.guidance))  # [S, D]
         of_part = torch.cat([of_sample, of_sample[row.run_sample]])  # [S + R, D]
         return self.time_embed(timestep_embedding(timestep)) + of_part  # [S + R, D]
 

@@ -149,6 +149,7 @@ class Item:
     fps: float = 24.0
     label: int = -1  # class, for models that are conditioned on one; -1: none
     first_frame: int = 0  # where on the time axis the sample begins, in patches
+    guidance: float = 1.0  # scale of the guided prediction that is wanted, for models that take it; 1: the plain one
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ class PackedRow:
     pooled: Tensor  # [S, V]
     fps: Tensor  # [S] fp32
     label: Tensor  # [S] int64, -1 for none
+    guidance: Tensor  # [S] fp32
     own_text: tuple[int, int]  # first and end of the tokens of `text` that are this part's
     own_caption: Segments  # of them
     wider: "PackedRow | None" = None  # the part that attention layers see, if that is more than this one
@@ -279,6 +281,7 @@ def pack(items: Sequence[Item], capacity: int | None = None) -> PackedRow:
         pooled=torch.stack([item.pooled for item in items]),
         fps=on_device([item.fps for item in items], device),
         label=on_device([item.label for item in items], device),
+        guidance=on_device([item.guidance for item in items], device),
         own_text=(0, caption.total),
         own_caption=caption,
     )

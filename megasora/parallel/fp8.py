@@ -50,9 +50,13 @@ class Fp8Linear(nn.Linear):
         return self.product(x, self.weight, self.bias)
 
 
-def check_fp8(recipe: FP8, cuda_capability: int | None) -> None:
+def check_fp8(recipe: FP8, cuda_capability: int | None, recompute: str = "none") -> None:
     """Raises ConfigError where the recipe cannot run on this machine's device (compute capability, tens and ones; None: a
-    CPU)."""
+    CPU), or not with that parallel.recompute."""
+    if recipe in TE and recompute != "none":  # what is computed again would be outside `fp8_context`
+        raise ConfigError(
+            f"parallel.recompute={recompute}: with precision.fp8={recipe} use none, or fp8=tensor or block"
+        )
     if recipe in TORCHAO and lacks("torchao.float8"):
         raise ConfigError(
             f"precision.fp8={recipe}: torchao is not installed: pip install 'megasora[fp8]', or use block"
@@ -145,12 +149,12 @@ def block_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return fp8_linear(x.to(dtype), weight, bias)
 
 
-def in_sixteens(product: Product) -> Product:
+def in_sixteens(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Takes any number of tokens: captions come as they are, and fp8 products want multiples. Rows of zeros change no scale."""
 
-    def padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def padded(x: Tensor, *rest: Tensor | None) -> Tensor:
         more = -len(x) % MULTIPLE
-        return product(F.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)] if more else product(x, weight, bias)
+        return product(F.pad(x, (0, 0, 0, more)), *rest)[: len(x)] if more else product(x, *rest)
 
     return padded
 
@@ -197,6 +201,7 @@ def te_linear(layer: nn.Module) -> nn.Module:
     new.weight = layer.weight
     if layer.bias is not None:
         new.bias = layer.bias
+    new.forward = in_sixteens(new.forward)
     return new
 
 
@@ -211,7 +216,7 @@ def fp8_context(recipe: FP8) -> AbstractContextManager[Any]:
 
 def fp8_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint must hold beside the weights, by name: delayed scaling's histories and scales. Views of the live
-    state."""
+    state, which begins with the first forward pass: a run that resumes loads none and begins its histories anew."""
     found = {}
     for name, module in model.named_modules():
         meta: dict[str, Any] = getattr(module, "fp8_meta", {})  # TransformerEngine's modules have one

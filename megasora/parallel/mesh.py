@@ -17,7 +17,7 @@ from megasora.parallel.context import Context
 from megasora.parallel.layout import Layout, parse_layout
 from megasora.parallel.pipeline import Place
 
-LINKS = ("pp_forward_even", "pp_forward_odd", "pp_backward_even", "pp_backward_odd")
+LINKS = ("even", "odd", "closing")  # of a pipeline: see `Place`
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
@@ -97,14 +97,26 @@ class Processes:
     def pipeline(self) -> Place:
         """This process's place in its pipeline. All ranks of the pipeline ask for it together."""
         ranks = dist.get_process_group_ranks(self.mesh["pp"].get_group())
-        groups = [dist.new_group(ranks, use_local_synchronization=True, group_desc=name) for name in LINKS]
         layout = self.layout
-        return Place(self.place["pp"], layout.pp, layout.schedule, (groups[0], groups[1]), (groups[2], groups[3]))
+        links = LINKS if layout.schedule == "interleaved" and layout.pp % 2 else LINKS[:2]
+        forward, backward = (
+            tuple(
+                dist.new_group(ranks, use_local_synchronization=True, group_desc=f"pp_{way}_{link}") for link in links
+            )
+            for way in ("forward", "backward")
+        )
+        return Place(self.place["pp"], layout.pp, layout.schedule, forward, backward)
 
     @property
     def speaks(self) -> bool:
         """Whether this process is the one of its replica that writes down what all of them have."""
         return not any(self.place[axis] for axis in ("pp", "cp", "tp"))
+
+    @cached_property
+    def speakers(self) -> dist.ProcessGroup:
+        """Those that speak, over gloo: what they say stays in the hosts' memory. All of them ask for it together."""
+        ranks = self.mesh.mesh[0, :, :, 0, 0].flatten().tolist()
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True, group_desc="speakers")
 
     @property
     def is_main(self) -> bool:
@@ -112,9 +124,11 @@ class Processes:
 
 
 def on_main(group: Processes, mine: dict[int, T]) -> dict[int, T]:
-    """What all processes have, by number, on the main one; the others get nothing."""
-    found: list[dict[int, T]] | None = [mine] * group.world if group.is_main else None
-    dist.gather_object(mine, found)
+    """What all processes that speak have, by number, on the main one; the others get nothing."""
+    if not group.speaks:
+        return {}
+    found: list[dict[int, T]] | None = [mine] * group.layout.dp if group.is_main else None
+    dist.gather_object(mine, found, group=group.speakers)  # padded to the largest share: too much for a GPU
     return {number: value for share in found or [] for number, value in share.items()}
 
 

@@ -23,15 +23,18 @@ from megasora.parallel.schedule import CHUNKS, Action, Kind, schedule, split_blo
 class Place:
     """A process's place in its pipeline, and groups for what is sent.
 
-    Forward and backward, and links that begin at an even place and at an odd one, have groups of their own: then all messages
-    between two processes in one group go one way, in one order, and none waits behind another.
+    Forward and backward, and links that begin at an even place and at an odd one, have groups of their own, and so has the link
+    that closes a ring of an odd number: then a process sends or receives in a group, with one other, and no message waits behind
+    another, although NCCL takes a group's one by one.
     """
 
     index: int
     count: int
     name: str  # of the schedule
-    forward: tuple[dist.ProcessGroup, dist.ProcessGroup]
-    backward: tuple[dist.ProcessGroup, dist.ProcessGroup]
+    forward: tuple[
+        dist.ProcessGroup, ...
+    ]  # of links from even places, from odd ones, and where there is one the closing link
+    backward: tuple[dist.ProcessGroup, ...]
 
     @property
     def chunks(self) -> int:
@@ -45,7 +48,8 @@ class Place:
         return self.chunks * self.count - 1
 
     def link(self, kind: Kind, sender: int) -> dist.ProcessGroup:
-        return (self.forward if kind == "forward" else self.backward)[sender % 2]
+        groups, closing = (self.forward, self.count - 1) if kind == "forward" else (self.backward, 0)
+        return groups[2 if self.count % 2 and sender == closing else sender % 2]
 
 
 class Stages(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -42,9 +42,9 @@ def recompute(blocks: Iterable[nn.Module], how: str) -> None:
 
 
 def offload(blocks: Iterable[nn.Module]) -> None:
-    """What blocks keep waits on the host."""
+    """What blocks keep waits on the host, but for their weights."""
     for block in blocks:
-        block.forward = partial(offloaded, block.forward)
+        block.forward = partial(offloaded, block, block.forward)
 
 
 def selective() -> Any:
@@ -61,7 +61,18 @@ def keep_the_dear(
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def offloaded(forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """A forward pass whose saved tensors wait on the host."""
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+def offloaded(block: nn.Module, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A forward pass whose saved tensors wait on the host. Views of weights stay: what holds those here does so anyway, or FSDP2
+    gathers them again into the same storage."""
+    weights = {p.untyped_storage()._cdata for p in block.parameters()}
+    host = save_on_cpu(pin_memory=torch.cuda.is_available())
+
+    def pack(x: Tensor) -> Any:
+        return x if x.untyped_storage()._cdata in weights else host.pack_hook(x)
+
+    def unpack(kept: Any) -> Tensor:
+        found: Tensor = kept if isinstance(kept, Tensor) else host.unpack_hook(kept)
+        return found
+
+    with saved_tensors_hooks(pack, unpack):
         return forward(*args)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -25,10 +26,10 @@ from megasora.cli import add_config_argument
 from megasora.config import load_config
 from megasora.device import pick_device
 from megasora.encoders import open_encoders
-from megasora.engines.torch_native import EngineConfig
 from megasora.errors import CheckpointError, ConfigError, writing
 from megasora.models.families import build_model, chunk_of
 from megasora.models.first_stage import FirstStage
+from megasora.models.packing import PackedRow
 from megasora.observe.hardware import peak_memory
 from megasora.observe.logs import log, start_logging
 from megasora.observe.progress import Progress
@@ -40,7 +41,9 @@ from megasora.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser, "sample", "run", "data", "encode", "model", "objective", "flow", "gaussian", "parallel")
+    add_config_argument(
+        parser, "sample", "run", "data", "encode", "model", "objective", "flow", "gaussian", "precision", "parallel"
+    )
     parser.add_argument("--json", action="store_true", help="print the files as one JSON object")
 
 
@@ -113,7 +116,8 @@ def predictions(config: Config, stage: FirstStage) -> int:
 
 
 def load_model(config: Config, group: Processes) -> tuple[Callable[..., Tensor], int]:
-    """What predicts with the weights of sample.checkpoint, and the step that they are from."""
+    """What predicts with the weights of sample.checkpoint, and the step that they are from. It computes in precision.precision;
+    fp8 is for training."""
     root = Path(config.run.dir) / "checkpoints"
     named = config.sample.checkpoint
     path = resume_path(root, "auto" if named == "latest" else named, config.checkpoint.durable).path
@@ -125,10 +129,9 @@ def load_model(config: Config, group: Processes) -> tuple[Callable[..., Tensor],
             model = build_model(config.model)
         model.to_empty(device=group.device)
         load(path, {prefix + name: p.detach() for name, p in model.named_parameters()}, prefix=prefix, verified=True)
-        return model.eval(), step
-    engine = build_engine(
-        replace(config, precision=EngineConfig(), optim=replace(config.optim, ema=0.0)), group, blank=True
-    )
+        return in_precision(model.eval(), config, group.device), step
+    plain = replace(config.precision, fp8="none", fp8_gather=False)
+    engine = build_engine(replace(config, precision=plain, optim=replace(config.optim, ema=0.0)), group, blank=True)
     weights = {name: tensor for name, tensor in engine.tensors().items() if name.startswith("model/")}
     load(
         path,
@@ -138,3 +141,15 @@ def load_model(config: Config, group: Processes) -> tuple[Callable[..., Tensor],
     )
     engine.loaded()
     return engine.predict, step
+
+
+def in_precision(model: nn.Module, config: Config, device: torch.device) -> Callable[..., Tensor]:
+    """The model as an engine's forward passes have it."""
+    lower = config.precision.precision == "bf16"
+
+    def predict(row: PackedRow, *options: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=False):
+            answer: Tensor = model(row, *options)
+        return answer
+
+    return predict

@@ -13,7 +13,7 @@ from megasora.evaluation import sample_losses
 from megasora.models.families import build_model
 from megasora.models.text import Text
 from megasora.parallel.layout import parse_layout
-from megasora.parallel.mesh import AXES, Processes
+from megasora.parallel.mesh import AXES, Processes, on_main
 from megasora.parallel.plan import PLANS
 from megasora.parity import noisy, parity_row
 from megasora.sampling import Generator, Prompt, turns
@@ -82,6 +82,27 @@ def test_several_processes_make_what_one_makes(world: int) -> None:
     for rank, found in enumerate(run_distributed(differences, world, CASES[world], timeout=500)):
         for case, difference in zip(CASES[world], found, strict=True):
             assert difference <= 1e-5, f"{case} on rank {rank}: {difference}"
+
+
+def told(layouts: list[str]) -> list[tuple[dict[int, str], str]]:
+    """Of each layout what every process tells the main one, as that has it, and by which backend it came."""
+    found = []
+    for layout in layouts:
+        rank, parsed = dist.get_rank(), parse_layout(layout, dist.get_world_size())
+        shape = (parsed.pp, parsed.dp_replicate, parsed.dp_shard, parsed.cp, parsed.tp)
+        mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
+        group = Processes(rank, dist.get_world_size(), torch.device("cpu"), parsed, mesh)
+        for number in (rank, 2 + rank):
+            heard = on_main(group, {number: f"video {number}"})
+            found.append((heard, dist.get_backend(group.speakers) if group.speaks else ""))
+    return found
+
+
+def test_videos_of_the_ranks_that_speak_reach_the_main_one_by_the_hosts() -> None:
+    main, other = run_distributed(told, 2, ["dp2", "tp2"])
+    videos = [{0: "video 0", 1: "video 1"}, {2: "video 2", 3: "video 3"}, {0: "video 0"}, {2: "video 2"}]
+    assert main == [(seen, "gloo") for seen in videos]
+    assert other == [({}, "gloo"), ({}, "gloo"), ({}, ""), ({}, "")]
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (5, 2), (6, 3), (2, 4)])

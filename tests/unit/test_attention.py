@@ -113,6 +113,11 @@ def test_torchs_kernels_on_a_cpu_are_exact_in_parts() -> None:
     assert max(errors_in_parts(FLASH["sdpa"], torch.float32, CPU)) < 1e-5
 
 
+def test_a_single_key_is_not_for_cudnn() -> None:
+    """Which refuses it; on a CPU, where it has no kernels, both parts are flash attention's."""
+    assert max(errors_in_parts(FLASH["cudnn"], torch.float32, CPU, (20, 1, 1))) < 1e-5
+
+
 cpu_kernels = pytest.mark.skipif(bool(cannot_run()), reason=f"our attention for CPUs was not run: {cannot_run()}")
 
 

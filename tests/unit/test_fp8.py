@@ -1,8 +1,10 @@
 """FP8 training against bf16 with the same samples, noise and timesteps: gradients, losses, which layers,
 TransformerEngine's recipes."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -173,6 +175,8 @@ def test_recipes_that_cannot_run_are_one_line() -> None:
         pytest.raises(ConfigError, match="or use block"),
     ):
         fp8.check_fp8("row", 90)
+    with pytest.raises(ConfigError, match=r"^parallel\.recompute=full: with precision\.fp8=te_block use none"):
+        fp8.check_fp8("te_block", 90, "full")
     with pytest.raises(ConfigError, match="multiples of 16"):
         list(fp8.fp8_layers(nn.Linear(8, 8)))
     with pytest.raises(ValueError, match=r"fp8_gather=true: .* with precision\.fp8=tensor, not row"):
@@ -198,6 +202,25 @@ def test_recomputation_gives_the_same_bits(recipe: fp8.FP8) -> None:
 class FakeMeta:
     def __init__(self) -> None:
         self.amax_history, self.scale = torch.zeros(16, 3), torch.ones(3)
+
+
+def test_transformer_engines_layers_take_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that is as strict about rows as its `Linear` is."""
+
+    class Strict(nn.Linear):
+        def __init__(self, params_dtype: torch.dtype, **sizes: Any) -> None:
+            super().__init__(dtype=params_dtype, **sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) % 8 == 0
+            return super().forward(x)
+
+    library = ModuleType("transformer_engine.pytorch")
+    library.Linear = Strict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", library)
+    layer, x = nn.Linear(32, 48), torch.randn(13, 32)
+    torch.testing.assert_close(fp8.te_linear(layer)(x), layer(x))
 
 
 def test_delayed_scalings_state_is_named_and_live() -> None:

@@ -39,11 +39,14 @@ def imported(config: MMDiTConfig, theirs: nn.Module) -> MMDiT:
     return ours
 
 
-def row_of(latents: Tensor, times: Tensor, texts: list[Tensor], pooled: Tensor) -> PackedRow:
-    """Latents [S, C, T, H, W] at times [S, T]."""
+def row_of(
+    latents: Tensor, times: Tensor, texts: list[Tensor], pooled: Tensor, guidance: Tensor | None = None
+) -> PackedRow:
+    """Latents [S, C, T, H, W] at times [S, T], with scales of guidance [S]."""
     shape = in_patches(latents.shape[2:], HUNYUAN.patch)
-    each = zip(latents, times, texts, pooled, strict=True)
-    return pack([Item(patchify(x, HUNYUAN.patch), shape, t, text, vector) for x, t, text, vector in each])
+    scales = [1.0] * len(latents) if guidance is None else guidance.tolist()
+    each = zip(latents, times, texts, pooled, scales, strict=True)
+    return pack([Item(patchify(x, HUNYUAN.patch), shape, *told, guidance=scale) for x, *told, scale in each])
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -83,7 +86,7 @@ def test_hunyuan_video(guided: bool) -> None:
         batch, mask = as_batch(texts)
         scale = None if guidance is None else 1000 * guidance
         expected = theirs(latents, 1000 * t, batch, mask, pooled, scale).sample
-        found = of_row(ours(row_of(latents, t[:, None].expand(-1, 3), texts, pooled), guidance), latents)
+        found = of_row(ours(row_of(latents, t[:, None].expand(-1, 3), texts, pooled, guidance)), latents)
     assert_close(found, expected)
 
 
@@ -115,10 +118,10 @@ def test_flux(guided: bool) -> None:
     ours = imported(config, theirs)
     latents, texts, pooled = case()
     t, guidance = torch.tensor([0.371, 0.914]), torch.tensor([3.5, 1.0]) if guided else None
-    row = row_of(latents, t[:, None].expand(-1, 3), texts, pooled)
+    row = row_of(latents, t[:, None].expand(-1, 3), texts, pooled, guidance)
     grid, parts = row.grid[: row.video.lengths[0]], {"ph": 2, "pw": 2}
     with torch.no_grad():
-        found = of_row(ours(row, guidance), latents)
+        found = of_row(ours(row), latents)
         for i, text in enumerate(texts):
             tokens = rearrange(latents[i], "C T (H ph) (W pw) -> (T H W) (C ph pw)", **parts)
             scale = None if guidance is None else guidance[i : i + 1]

@@ -106,13 +106,14 @@ def test_places_matter_on_every_axis() -> None:
 
 
 def test_guidance_is_an_input_only_where_the_model_takes_it() -> None:
-    model, row = small_model(REFINED), make_row([0, 1])
-    before, after = model(row), model(row, torch.tensor([1.0, 6.0]))
-    n = row.video.offsets[1]
-    assert torch.equal(before[:n], after[:n])  # none is 1
+    row, n = make_row([0, 1]), make_row([0]).video.total
+    assert row.guidance.tolist() == [1.0, 1.0]
+    other = replace(row, guidance=torch.tensor([1.0, 6.0]))
+    model = small_model(REFINED)
+    before, after = model(row), model(other)
+    assert torch.equal(before[:n], after[:n])
     assert not torch.allclose(before[n:], after[n:], atol=1e-3)
-    with pytest.raises(ValueError, match=r"^guidance: .*none"):
-        small_model()(row, torch.ones(2))
+    assert torch.equal(small_model()(row), small_model()(other))
 
 
 def test_text_sees_the_largest_timestep_of_its_sample() -> None:

@@ -1,5 +1,6 @@
 """What blocks keep may wait on the host: nothing else changes. That memory of a GPU is freed by it needs a GPU to be seen."""
 
+from typing import ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -37,9 +38,10 @@ def test_attention_of_every_kind_is_kept_by_selective() -> None:
 
 
 class Counted(save_on_cpu):
-    """Counts what goes to the host and what comes back."""
+    """Counts what goes to the host and what comes back, and keeps whose storage went."""
 
     out, back = 0, 0
+    storages: ClassVar[set[int]] = set()
 
     def __init__(self, pin_memory: bool) -> None:
         super().__init__(pin_memory)
@@ -47,6 +49,7 @@ class Counted(save_on_cpu):
 
         def leaves(x: Tensor) -> object:
             Counted.out += 1
+            Counted.storages.add(x.untyped_storage()._cdata)
             return pack_hook(x)
 
         def returns(packed: object) -> Tensor:
@@ -61,6 +64,7 @@ class Counted(save_on_cpu):
 def test_offloaded_blocks_compute_the_same_bits(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Counted, "out", 0)
     monkeypatch.setattr(Counted, "back", 0)
+    monkeypatch.setattr(Counted, "storages", set())
     plain, moved = small_model(), small_model()
     for model in (plain, moved):
         recompute(model.blocks.children(), how)
@@ -73,6 +77,7 @@ def test_offloaded_blocks_compute_the_same_bits(how: str, monkeypatch: pytest.Mo
     kept = len(list(moved.blocks))
     assert Counted.out >= kept * (1 if how == "full" else 20)
     assert Counted.back > 0
+    assert Counted.storages.isdisjoint(p.untyped_storage()._cdata for p in moved.parameters())
 
 
 def test_selective_recomputation_keeps_what_it_keeps() -> None:

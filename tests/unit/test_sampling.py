@@ -1,21 +1,29 @@
 """Guidance, given frames, sizes that cannot be, and the two ways to long videos."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.utils import _to_kwargs
 
-from megasora.diffusion.flow import FlowConfig
+from megasora.diffusion.flow import Flow, FlowConfig
 from megasora.diffusion.gaussian import GaussianConfig
 from megasora.diffusion.objective import build_objective
+from megasora.engines.torch_native import EngineConfig
 from megasora.errors import ConfigError
-from megasora.models.packing import PackedRow
+from megasora.models.base import Cache
+from megasora.models.families import AnyModelConfig
+from megasora.models.mmdit import MMDiTConfig
+from megasora.models.packing import Item, PackedRow, pack
 from megasora.models.text import Text
 from megasora.models.video_dit import VideoDiT, VideoDiTConfig
 from megasora.sampling import Generator, Prompt, latent_shape, leading
-from megasora.schema import SampleConfig
+from megasora.schema import Config, SampleConfig
+from megasora.verbs import sample as verb
 
 CONFIG = VideoDiTConfig(width=48, depth=2, heads=4, ffn=96, channels=4, text_width=24)
 CPU = torch.device("cpu")
@@ -30,7 +38,7 @@ class SaysItsText(nn.Module):
         return first[row.video.index][:, None].expand(row.tokens.shape)
 
 
-def generator(model: nn.Module, config: VideoDiTConfig = CONFIG, objective: str = "flow", **settings: Any) -> Generator:
+def generator(model: nn.Module, config: AnyModelConfig = CONFIG, objective: str = "flow", **settings: Any) -> Generator:
     learns = build_objective(objective, FlowConfig(), GaussianConfig())
     return Generator(model, config, learns, objective, SampleConfig(**{"steps": 2, **settings}), CPU)
 
@@ -85,6 +93,38 @@ def test_a_sample_is_a_function_of_its_seed(objective: str) -> None:
     assert not torch.allclose(first, other)
 
 
+class SaysItsGuidance(nn.Module):
+    """The velocity of every token is the scale that its sample hears."""
+
+    def forward(self, row: PackedRow) -> Tensor:
+        return row.guidance[row.video.index][:, None].expand(row.tokens.shape)
+
+
+@pytest.mark.parametrize(("interval", "moved"), [((0.0, 1.0), 6.0), ((0.0, 0.6), 3.5)])
+def test_a_model_that_hears_the_guidance_is_not_guided_again(interval: tuple[float, float], moved: float) -> None:
+    """Its answer to the scale 6 is the velocity 6; two steps, of which the first, at t = 1, may lie outside the interval."""
+    hears = MMDiTConfig(width=48, heads=4, ffn=96, axes=(4, 4, 4), channels=4, guidance_embed=True)
+    prompt = Prompt(text(1), text(2), seed=0)
+    made = [
+        generator(SaysItsGuidance(), hears, guidance=scale, guidance_interval=interval).generate((4, 1, 4, 4), prompt)
+        for scale in (6.0, 1.0)
+    ]
+    torch.testing.assert_close(made[1] - made[0], torch.full_like(made[0], moved - 1))
+
+
+def test_a_size_shifts_the_timesteps_as_in_training() -> None:
+    """Of a latent four times the reference, twice as far: 1.5 and the size are 3 without. Chunks go by the whole video."""
+    prompt, flow = Prompt(text(1), text(2), seed=3), FlowConfig(shift_by_size=True, shift_reference=(6, 2, 2))
+    for config in (CONFIG, CHUNKED):
+        model, made = noisy_model(config), []
+        for learns, shift in ((Flow(flow), 1.5), (Flow(FlowConfig()), 3.0)):
+            one = Generator(model, config, learns, "flow", SampleConfig(steps=3, shift=shift), CPU)
+            made.append(
+                torch.cat(list(one.rollout(SHAPE, prompt)), 1) if config is CHUNKED else one.generate(SHAPE, prompt)
+            )
+        assert torch.equal(*made)
+
+
 CHUNKED = replace(CONFIG, temporal="chunk_causal", chunk=2)
 
 
@@ -108,12 +148,27 @@ def test_a_cached_rollout_is_the_uncached_one(window: int, guidance: float) -> N
             return ask_uncached(model, row, whole.latent[:, : 2 * number])
 
         made.predict = with_past
-        caches: list[Any] = [{}, {}]
-        fresh = made._sample((4, 2, 4, 4), prompt, None, (number,), 2 * number, caches)
+        caches = [Cache(), Cache()]
+        fresh = made._sample((4, 2, 4, 4), prompt, None, 1.0, (number,), 2 * number, caches)
         made.predict = model
         done = torch.cat([done, fresh], dim=1)
     assert done.std() > 0.1
     torch.testing.assert_close(cached, done, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrapper_that_moves_arguments_loses_no_chunk() -> None:
+    """As FSDP2 does to those of its root on a GPU."""
+    made = generator(noisy_model(CHUNKED), CHUNKED, guidance=2.0)
+    prompt = Prompt(text(1), text(2), seed=3)
+    expected = torch.cat(list(made.rollout(SHAPE, prompt)), dim=1)
+    model = made.predict
+
+    def moved(*args: Any) -> Tensor:
+        (args,), _ = _to_kwargs(args, {}, CPU, False)
+        return model(*args)
+
+    made.predict = moved
+    assert torch.equal(torch.cat(list(made.rollout(SHAPE, prompt)), dim=1), expected)
 
 
 def ask_uncached(model: Any, row: PackedRow, past: Tensor) -> Tensor:
@@ -182,3 +237,35 @@ def test_the_latents_shape_and_what_cannot_be_made() -> None:
         latent_shape(SampleConfig(width=8), "frames", 16, (4, 8, 8), (1, 2, 2))
     with pytest.raises(ConfigError, match=r"sample.window=18: nearest that the model can make is 17"):
         latent_shape(SampleConfig(frames=40, window=18), "window", 16, (4, 8, 8), (1, 2, 2))
+
+
+def test_the_verb_computes_in_the_precision_of_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One process under autocast, several with an engine of that precision; without fp8."""
+    whole, asked = noisy_model(CONFIG).eval(), []
+
+    def fill(path: Path, tensors: dict[str, Tensor], **_: Any) -> None:
+        for name, parameter in whole.named_parameters():
+            if tensors:
+                tensors[f"ema/{name}"].copy_(parameter.detach())
+
+    def engine(config: Config, group: Any, blank: bool) -> Any:
+        asked.append(config.precision)
+        return SimpleNamespace(tensors=dict, loaded=lambda: None, predict=None)
+
+    monkeypatch.setattr(verb, "resume_path", lambda *_: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(verb, "read_facts", lambda path: {"step": 3})
+    monkeypatch.setattr(verb, "load", fill)
+    monkeypatch.setattr(verb, "build_engine", engine)
+    row = pack([Item(torch.randn(8, 16), (2, 2, 2), torch.full((2,), 0.5), text(1).tokens, torch.zeros(0))])
+    plain = Config(model=CONFIG)
+    lower = replace(plain, precision=EngineConfig(precision="bf16", fp8="tensor", fp8_gather=True))
+    one, two = (SimpleNamespace(world=world, device=CPU) for world in (1, 2))
+    with torch.no_grad():
+        assert torch.equal(verb.load_model(plain, one)[0](row), whole(row))  # type: ignore[arg-type]
+        rounded = verb.load_model(lower, one)[0](row)  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(rounded, whole(row))
+    assert rounded.dtype == torch.bfloat16
+    for config in (plain, lower):
+        verb.load_model(config, two)  # type: ignore[arg-type]
+    assert asked == [EngineConfig(), EngineConfig(precision="bf16")]

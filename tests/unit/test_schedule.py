@@ -4,6 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
+from megasora.parallel.pipeline import Place
 from megasora.parallel.schedule import CHUNKS, bubble, schedule, split_blocks, warm_up
 
 
@@ -29,6 +30,19 @@ def test_the_bubble_is_the_published_one(name: str) -> None:
                 assert found == pytest.approx(ideal, abs=1e-9), (processes, rows)
             else:
                 assert ideal < found < 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7])
+def test_what_a_process_sends_and_receives_never_shares_a_group(count: int) -> None:
+    """NCCL takes the messages of a process in a group one by one: one that waits for another process holds up the next. The last
+    process sends to the first here, as `interleaved` does."""
+    groups = [tuple(f"{way} {link}" for link in ("even", "odd", "closing")) for way in ("forward", "backward")]
+    for index in range(count):
+        place = Place(index, count, "interleaved", *groups)  # type: ignore[arg-type]
+        after, before = (index + 1) % count, (index - 1) % count
+        used = [place.link("forward", sender) for sender in (index, before)]
+        used += [place.link("backward", sender) for sender in (index, after)]
+        assert len(set(used)) == 4, (index, used)
 
 
 def test_1f1b_holds_no_more_rows_than_stages_are_left() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,9 +307,28 @@ def test_the_gan_begins_at_its_step_and_changes_nothing_before() -> None:
     assert off != judged == weights(gan_weight=0.5, gan_start=2)
 
 
+def test_no_warmup_and_no_clipping() -> None:
+    def weights(**changes: Any) -> str:
+        torch.manual_seed(0)
+        vae = VideoVAE(SMALL)
+        train_vae(vae, moving_stripes(), dataclasses.replace(TRAIN, steps=2, batch=1, frames=5, **changes), ignore)
+        return vae.fingerprint()
+
+    assert weights(warmup=0, clip=0.0) == weights(warmup=1, clip=1e9) != weights(warmup=1, clip=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("size", 8), ("frames", 0), ("gan_weight", -1.0), ("gan_lr", 0.0), ("lr", float("nan")), ("kl", -1e-3)],
+    [
+        ("size", 8),
+        ("frames", 0),
+        ("gan_weight", -1.0),
+        ("gan_lr", 0.0),
+        ("lr", float("nan")),
+        ("kl", -1e-3),
+        ("warmup", -1),
+        ("clip", -1.0),
+    ],
 )
 def test_numbers_that_cannot_be(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name}={value}: "):
