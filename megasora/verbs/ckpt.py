@@ -203,7 +203,7 @@ def _refuse_existing(output: Path) -> None:
 def _refuse_run(output: Path, step: int) -> None:
     """A directory that a step of these would damage: another's step is there, or a run saves into it."""
     _refuse_existing(output / step_name(step))
-    if (output.parent / WRITER).exists():
+    if output.name in ("checkpoints", "deepspeed") and (output.parent / WRITER).exists():
         raise ConfigError(f"{output}: a run saves its own checkpoints here; name another directory")
 
 
