@@ -103,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the sub-command. CheckpointError for damage, or for nothing to look at; CheckFailed where two differ."""
     if args.overrides:
-        raise ConfigError(f"ckpt: {args.overrides[0]} is no option of `ckpt {args.action}`")
+        raise ConfigError(
+            f"ckpt: {args.overrides[0]} is no option of `ckpt {args.action}`; `megasora ckpt {args.action} --help` has them"
+        )
     actions = {"ls": look, "verify": look, "convert": convert, "export": export, "diff": diff, "average": average}
     with writing(f"{args.output}" if "output" in args else f"ckpt {args.action}"):
         actions[args.action](args)
