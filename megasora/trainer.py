@@ -289,10 +289,10 @@ class Trainer:
         if self.saver.step is not None:  # it hangs
             return
         facts = {
-            "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first,
-            "breaks": list(self.breaks), "recent": list(self.watch.recent), "spikes": self.watch.in_a_row, "config": to_dict(self.config),
-            "fingerprint": self.data.fingerprint, "layout": str(self.group.layout), "world": self.group.world,
-            "resumed_from": self.resumed_from, "score": score if score is not None and math.isfinite(score) else None,
+            "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first, "world": self.group.world,
+            "breaks": list(self.breaks), "recent": list(self.watch.recent), "spikes": self.watch.in_a_row,
+            "config": to_dict(self.config), "fingerprint": self.data.fingerprint, "resumed_from": self.resumed_from,
+            "layout": str(self.group.layout), "score": score if score is not None and math.isfinite(score) else None,
         }  # fmt: skip
         try:
             durable = True if self.step == self.last else False if self.hurried else None
