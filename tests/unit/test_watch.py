@@ -139,9 +139,9 @@ def run(tmp_path: Path) -> Path:
         for step in (4, 5)
     ]  # fmt: skip
     events = [
-        {"attempt": 0, "event": "start", "time": 102.0, "began": 100.0, "job": "17", "world": 4},
+        {"attempt": 0, "event": "start", "step": 0, "time": 102.0, "began": 100.0, "job": "17", "world": 4},
         {"attempt": 0, "event": "save", "time": 108.0, "seconds": 9.0, "blocked_s": 1.0},
-        {"attempt": 1, "event": "start", "time": 125.0, "began": 122.0, "job": "17", "world": 4},
+        {"attempt": 1, "event": "start", "step": 3, "time": 125.0, "began": 122.0, "job": "17", "world": 4},
     ]
     for name, lines in (("metrics", metrics), ("events", events)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -158,6 +158,16 @@ def test_every_second_of_a_run_is_accounted_for(run: Path) -> None:
     assert sum(found["seconds"].values()) == found["wall_s"]
     assert found["goodput"] == pytest.approx(8.5 / 30, abs=1e-4)
     assert [(a["steps"], a["repeated"], a["job"]) for a in found["attempts"]] == [(3, 1, "17"), (2, 0, "17")]
+
+
+def test_steps_from_before_which_a_run_went_on_are_lost(run: Path) -> None:
+    """The second attempt goes on from step 1 and dies before it has done a step: all that came after was in vain."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:4]))
+    (run / "events.jsonl").write_text((run / "events.jsonl").read_text().replace('"step": 3', '"step": 1'))
+    found = goodput(run)
+    assert (found["steps"], found["repeated"], found["seconds"]["productive"]) == (1, 3, 1.5)
+    assert found["seconds"]["lost"] == 6.0
 
 
 def test_goodput_prints_and_draws(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
