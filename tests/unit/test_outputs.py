@@ -1,6 +1,8 @@
 """A disk that is full or closed, a place that is not there: one line with the key, exit code 2, and before the long work."""
 
 import errno
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,23 @@ def test_a_sweep_with_a_misspelt_key_measures_nothing(capfd: pytest.CaptureFixtu
     assert "did you mean parallel.layout?" in fails(capfd, *bench, "parallel.layot=dp1;dp2")
     assert "banana" in fails(capfd, *bench, "parallel.layout=dp1;banana")
     assert "--rounds=0" in fails(capfd, *bench, "parallel.layout=dp1", "--rounds", "0")
+
+
+def test_a_sweep_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first point prints a line of a library's behind its result, the second nothing, and at the third the power fails."""
+    file = tmp_path / "sweep.json"
+    prints = iter(['{"step_time_s": 2.0}\nnode: NCCL INFO [0] done\n17', "[3]"])
+
+    def words(*_: str, nproc: int) -> list[str]:
+        return [sys.executable, "-c", f"print({next(prints)!r})"]
+
+    monkeypatch.setattr("megasora.verbs.bench.megasora", words)
+    sweep = ("bench", "--config", DEMO, "--data=synthetic", "--sweep", "parallel.layout=dp1;dp2;dp1,tp2")
+    with pytest.raises(StopIteration):
+        main([*sweep, f"--bench.output={file}"])
+    assert [point["result"] for point in json.loads(file.read_text())["points"]] == [
+        {"step_time_s": 2.0}, {"error": "it ended well and printed no result"},
+    ]  # fmt: skip
 
 
 def test_prepare_says_where_it_cannot_write(capfd: pytest.CaptureFixture[str], tmp_path: Path, closed: Path) -> None:
