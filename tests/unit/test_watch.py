@@ -12,9 +12,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from megasora.checkpoint.fence import is_requeued
 from megasora.cli import main
+from megasora.cluster import doctor
 from megasora.cluster.doctor import Finding, Limits, examine, gpu_findings, site_check
 from megasora.cluster.goodput import PARTS, goodput
 from megasora.cluster.heartbeat import Beat, Heartbeat, read_beats, verdict
@@ -203,8 +205,8 @@ def test_only_the_node_with_slow_links_is_blamed() -> None:
 
 # What `nvidia-smi --query-gpu=... --format=csv,noheader,nounits` prints, with one card that is not well.
 SMI = """#!/bin/sh
-echo '575.57.08, 1980, 1980, 0, 0, 41'
-echo '575.57.08, 345, 1980, 2, Yes, 88'
+echo '575.57.08, 1980, 1980, 0, 0'
+echo '575.57.08, 345, 1980, 2, Yes'
 """
 
 
@@ -221,6 +223,30 @@ def test_gpus_by_the_drivers_own_tool(tmp_path: Path, monkeypatch: pytest.Monkey
     tool.write_text("#!/bin/sh\necho 'Unable to determine the device handle for GPU0'; exit 15\n")
     (_, health) = gpu_findings(Limits())
     assert health == Finding("gpu_health", "Unable to determine the device handle for GPU0", "nvidia-smi works", False)
+
+
+def test_clocks_are_those_of_gpus_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool finds the clock up only while a product runs, and nothing runs afterwards."""
+    tool, product = tmp_path / "nvidia-smi", tmp_path / "product"
+    tool.write_text(f'#!/bin/sh\ntest -e {product} && clock=1980 || clock=345\necho "575.57.08, $clock, 1980, 0, 0"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def multiply(device: torch.device, precision: str) -> float:
+        product.touch()
+        time.sleep(0.01)
+        return 1.0
+
+    monkeypatch.setattr(doctor, "gemm_peak", multiply)
+    monkeypatch.setattr(doctor, "on_gpu", lambda device: True)
+    monkeypatch.setattr(doctor, "devices_here", lambda: [torch.device("cpu")])
+    monkeypatch.setattr(doctor, "RAMP", 0.2)
+    assert [f.ok for f in gpu_findings(Limits(clock_share=0.9)) if f.check == "gpu0_clock"] == [True]
+    product.unlink()
+    time.sleep(0.1)
+    assert not product.exists()
+    assert not [f for f in gpu_findings(Limits()) if f.check == "gpu0_clock"]
+    assert not product.exists()  # nobody asked
 
 
 def test_what_is_asked_for_is_held_against_the_node(tmp_path: Path) -> None:
