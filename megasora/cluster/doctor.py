@@ -35,7 +35,7 @@ class Limits:
 
     gpus: int = 0
     cpus: int = 0
-    memory_gb: float = 0.0
+    memory_gib: float = 0.0
     driver: str = ""
     clock_share: float = 0.0  # of the highest SM clock; asked while products run, for idle GPUs clock down
     tflops: float = 0.0  # a GPU, or all cores, bf16 on a GPU
@@ -61,7 +61,7 @@ def examine(limits: Limits, directory: Path) -> Iterator[Finding]:
     """Looks at this machine; `directory` is where the run writes."""
     cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield Finding("cpus", str(cores), f">= {limits.cpus}", cores >= limits.cpus)
-    yield Finding("memory_gb", f"{memory:.1f}", f">= {limits.memory_gb}", memory >= limits.memory_gb)
+    yield Finding("memory_gib", f"{memory:.1f}", f">= {limits.memory_gib}", memory >= limits.memory_gib)
     yield from gpu_findings(limits)
     yield computing(limits)
     for name, place in (("run", directory), ("tmp", Path(tempfile.gettempdir()))):

@@ -15,6 +15,7 @@ from data_pipelines.shards.tars import ShardSet
 from megasora.cli import main
 from megasora.errors import NotWritable, check_writable, made_by, writing
 from megasora.observe.logs import log, start_logging
+from megasora.observe.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs/demo.yaml")
@@ -138,6 +139,21 @@ def test_the_demo_clips_take_no_option(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.argv", ["demo_clips", "--help"])
     assert demo_clips.main() == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_done_before_takes_no_time_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """90 of 100 are there; the next two take a minute, so that the other eight will take four."""
+    clock = iter([0.0, 5.0, 65.0, 300.0])
+    monkeypatch.setattr("megasora.observe.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    progress = Progress("encode")
+    for done in (90, 92, 100):
+        progress(done, 100, "samples")
+    assert capsys.readouterr().err.splitlines() == [
+        "encode: 92/100 samples (about 240 s left)", "encode: 100/100 samples (300 s)",
+    ]  # fmt: skip
 
 
 def test_an_option_without_a_verb_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from megasora.cli import main
 from megasora.cluster import doctor
 from megasora.cluster.doctor import Finding, Limits, examine, gpu_findings, site_check
 from megasora.cluster.goodput import PARTS, goodput
-from megasora.cluster.heartbeat import Beat, Heartbeat, read_beats, verdict
+from megasora.cluster.heartbeat import Beat, Heartbeat, heartbeat, read_beats, verdict
 from megasora.cluster.links import Link, judge_links, rounds
 from megasora.cluster.signals import WARNING, StopRequest
 
@@ -97,6 +97,15 @@ def test_heartbeats_tell_a_stopped_process_from_a_waiting_one(tmp_path: Path) ->
         for process in both:
             process.kill()
             process.communicate()
+
+
+def test_a_step_of_the_clock_stalls_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASORA_HEARTBEATS", str(tmp_path))
+    with heartbeat(0):
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 3600)
+        (beat,) = read_beats(tmp_path, "a")
+    assert not beat.is_stalled(60)
 
 
 def test_without_a_launcher_there_are_no_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,10 +259,12 @@ def test_clocks_are_those_of_gpus_at_work(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_asked_for_is_held_against_the_node(tmp_path: Path) -> None:
-    limits = Limits(gpus=9, cpus=1, free_gb=1e9, disk_mbs=0.001, site="sh -c 'echo no such mount; exit 3'")
+    limits = Limits(
+        gpus=9, cpus=1, memory_gib=1e6, free_gb=1e9, disk_mbs=0.001, site="sh -c 'echo no such mount; exit 3'"
+    )
     found = {finding.check: finding for finding in examine(limits, tmp_path)}
     bad = {name for name, finding in found.items() if finding.ok is False}
-    assert bad == {"gpus", "run_free_gb", "tmp_free_gb", "site"}
+    assert bad == {"gpus", "memory_gib", "run_free_gb", "tmp_free_gb", "site"}
     assert found["site"].found == "exit code 3 no such mount"
     (tmp_path / "my check.sh").write_text('#!/bin/sh\necho "$1 ok"')
     (tmp_path / "my check.sh").chmod(0o755)
