@@ -26,7 +26,7 @@ from megasora.errors import CheckpointError, ConfigError
 from megasora.microbatch import MicroBatch, Recipe, build_microbatch, build_rows, training_loss
 from megasora.models.flops import forward_macs
 from megasora.observe.clock import Clock
-from megasora.observe.energy import energy
+from megasora.observe.energy import energy, used
 from megasora.observe.hardware import copy_peak, device_name, device_peak, gemm_peak, peak_memory
 from megasora.observe.logs import log
 from megasora.observe.memory import held, living, state_by_part, storages
@@ -153,7 +153,7 @@ def measure(
         seconds = statistics.median(step["step_time_s"] for step in these)
         rounds.append({"gemm_flops": gemm, "step_time_s": seconds, "cost": cost})
         if before is not None and after is not None:
-            rounds[-1]["joules"] = (after - before) / share
+            rounds[-1]["joules"] = used(before, after) / share
         log.info("bench: step %d/%d %.3f s", len(steps), config.bench.steps, seconds)
     return steps, rounds
 

@@ -29,7 +29,7 @@ from megasora.microbatch import Recipe, build_microbatch, build_rows, draw_frame
 from megasora.models.first_stage import FirstStage
 from megasora.models.packing import in_patches
 from megasora.observe.logs import log
-from megasora.observe.metrics import EVENTS, history, read_lines
+from megasora.observe.metrics import EVENTS, read_lines, read_steps
 from megasora.observe.progress import Progress
 from megasora.parallel.mesh import Processes
 from megasora.planner.fitting import settle_recompute
@@ -125,8 +125,9 @@ def replay(config: Config, step: int, group: Processes) -> Replay:
 def find_nearest(config: Config, step: int) -> tuple[int, Place | None]:
     """The good checkpoint with the highest step below `step`; 0 and None: the beginning of the run."""
     run = Path(config.run.dir)
-    if not any(line["step"] == step for line in history(run)):
-        raise ConfigError(f"--step={step}: {run} has no such step; it has 1 to {len(history(run))}")
+    steps = {line["step"] for line, counts in read_steps(run) if counts}
+    if step not in steps:
+        raise ConfigError(f"--step={step}: {run} has no such step; it has 1 to {max(steps, default=0)}")
     # What a rollback took back is not the way that the run went.
     rolled = [line["step"] for line in read_lines(run / EVENTS) if line["event"] == "rollback" and line["step"] < step]
     least = max(rolled, default=0)
@@ -168,7 +169,7 @@ def take_apart(
         alone.append((own, engine.clip().item() * recipe.global_batch))
         engine.discard()
     suspects = [any(stands_out(values, i) for values in zip(*alone, strict=True)) for i in range(len(samples))]
-    recorded = next(line for line in history(Path(config.run.dir)) if line["step"] == step)
+    recorded = next(line for line, counts in read_steps(Path(config.run.dir)) if counts and line["step"] == step)
     found = [
         describe(loader, recipe, stage, sample, *values, suspect)
         for sample, values, suspect in zip(samples, alone, suspects, strict=True)

@@ -45,6 +45,7 @@ class Start:
     obey: dict[int, dict[int, str]]  # segment -> position -> key
     breaks: tuple[int, ...] = ()  # steps at which the data was changed on purpose
     recent: list[list[float]] = field(default_factory=list)  # losses and gradient norms: what a spike is measured by
+    spikes: int = 0  # in a row, up to this step
     resumed_from: str = ""  # the checkpoint by whose path this run, or an earlier attempt at it, was told to go on
 
 
@@ -79,7 +80,8 @@ def find_start(config: Config, data: TrainingData) -> Start:
         log.info("other data than before: a new segment begins after step %d", step)
         breaks = (*(b for b in breaks if b < step), step)
     named = facts.get("resumed_from", "") if config.run.resume in ("auto", "none") else config.run.resume
-    return Start(step, resume.path, resume.rejected, obey, breaks, facts.get("recent", []), named)
+    recent, spikes = facts.get("recent", []), facts.get("spikes", 0)
+    return Start(step, resume.path, resume.rejected, obey, breaks, recent, spikes, named)
 
 
 def is_restart() -> bool:

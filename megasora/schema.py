@@ -200,7 +200,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("steps", 1), ("rounds", 1), ("tolerance", 0)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nan is not, either
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
 
 

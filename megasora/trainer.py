@@ -84,7 +84,7 @@ class Trainer:
             self.run_dir / "checkpoints", config.checkpoint, self.fence.check if self.fence else None, group.device
         )
         self.unsaved: CheckpointError | None = None  # why the last save failed, if it did
-        self.watch = SpikeWatch(config.spikes, start.recent)
+        self.watch = SpikeWatch(config.spikes, start.recent, start.spikes)
         self.step, self.obey, self.breaks, self.resumed_from = start.step, start.obey, start.breaks, start.resumed_from
         self.good = start.source  # the newest checkpoint of this continuation of the run
         self.segments = segments_of(config, self.breaks)
@@ -128,6 +128,8 @@ class Trainer:
     def run_segment(self, segment: Segment) -> None:
         """The updates from `self.step` to the end of a stage, or of the part of it that has the data of this run."""
         stage = segment.stage
+        if self.step == segment.stage_first:  # what another stage's losses were says nothing about its own
+            self.watch = SpikeWatch(self.config.spikes)
         loader = build_loader(self.config, self.group, self.data, stage, segment.number, self.obey)
         recipe = build_recipe(self.config, self.group, self.data.facts, stage, segment.number)
         found = loader.expected()
@@ -194,9 +196,7 @@ class Trainer:
             self.event("skipped", step=self.step + 1, loss=str(loss), grad_norm=str(grad_norm), samples=batch.keys)
             log.warning("step %d skipped: loss %s, gradient norm %s", self.step + 1, loss, grad_norm)
             if self.skipped == MAX_SKIPPED:
-                raise DataError(
-                    f"{self.config.data.path}: {MAX_SKIPPED} steps in a row without a finite loss; see {EVENTS}"
-                )
+                raise DataError(f"{self.config.data.path}: {MAX_SKIPPED} steps without an update; see {EVENTS}")
             if spike and self.config.spikes.policy == "rollback":
                 self.roll_back()
         clock.lap("update")
@@ -215,7 +215,9 @@ class Trainer:
             return
         load_from(path, self.engine)
         facts = read_facts(path)
-        self.watch = SpikeWatch(self.config.spikes, facts.get("recent", []))
+        first = next(segment.stage_first for segment in self.segments if self.step < segment.end)
+        if self.watch.recent and facts["step"] > first:  # else what was of late then is no measure now
+            self.watch = SpikeWatch(self.config.spikes, facts.get("recent", []), self.watch.in_a_row)
         self.event("rollback", step=self.step + 1, to=facts["step"], path=str(path))
         log.warning("rolled back to the weights of step %d", facts["step"])
 
@@ -230,8 +232,7 @@ class Trainer:
         replaced: list[Replacement] = batch.replacements if batch else []
         self.own_wait = time.perf_counter() - begin
         self.beat.enter(self.step + 1, "agree", " ".join(batch.buckets) if batch else "")
-        hurried = math.isfinite(self.stop.seconds_left)
-        flags = [bool(self.stop), bool(failure), len(replaced), self.saver.done, hurried]
+        flags = [bool(self.stop), bool(failure), len(replaced), self.saver.done, math.isfinite(self.stop.seconds_left)]
         agreed = torch.tensor(flags, device=self.group.device)
         dist.all_reduce(agreed)
         stopping, failed, bad, saved, self.hurried = agreed.tolist()
@@ -288,10 +289,10 @@ class Trainer:
         if self.saver.step is not None:  # it hangs
             return
         facts = {
-            "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first,
-            "breaks": list(self.breaks), "config": to_dict(self.config), "fingerprint": self.data.fingerprint,
-            "layout": str(self.group.layout), "world": self.group.world, "recent": list(self.watch.recent),
-            "resumed_from": self.resumed_from, "score": score if score is not None and math.isfinite(score) else None,
+            "step": self.step, "segment": segment.number, "segment_step": self.step - segment.first, "world": self.group.world,
+            "breaks": list(self.breaks), "recent": list(self.watch.recent), "spikes": self.watch.in_a_row,
+            "config": to_dict(self.config), "fingerprint": self.data.fingerprint, "resumed_from": self.resumed_from,
+            "layout": str(self.group.layout), "score": score if score is not None and math.isfinite(score) else None,
         }  # fmt: skip
         try:
             durable = True if self.step == self.last else False if self.hurried else None
@@ -340,9 +341,7 @@ class Trainer:
         why = self.stop.signal or "a signal to another process"
         if not self.unsaved:
             again = "" if self.config.run.resume == "auto" else " with run.resume=auto"
-            return StoppedEarly(
-                f"{why}: stopped after step {self.step}, saved; the same command{again} goes on from there"
-            )
+            return StoppedEarly(f"{why}: stopped after step {self.step}, saved; the same command{again} goes on there")
         good = Ranks().first("", lambda: latest(self.run_dir / "checkpoints"))
         if good is None or isinstance(self.unsaved, StorageFull):
             return CheckpointError(f"{why}: stopped after step {self.step}, which is not saved: {self.unsaved}")

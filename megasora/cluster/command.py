@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from megasora.errors import ConfigError
@@ -23,8 +24,9 @@ def megasora(*words: str, nproc: int = 0) -> list[str]:
 
 
 def outcome(command: Sequence[str], threads: int = 0) -> dict[str, Any]:
-    """A command's exit code, seconds and JSON; of one that failed its last line, of one that prints no JSON its text. It does not
-    take itself for a worker of this process's launcher, and has `threads` for each of its own unless the environment says."""
+    """A command's exit code, seconds and JSON object; of one that failed its last line, of one that prints no object its text. It
+    does not take itself for a worker of this process's launcher, and has `threads` for each of its own unless the environment
+    says."""
     log.info("%s", shlex.join(command).partition(" -m ")[2])
     begin = time.monotonic()
     alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHER)}
@@ -34,11 +36,17 @@ def outcome(command: Sequence[str], threads: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {"exit": done.returncode, "seconds": round(time.monotonic() - begin, 1)}
     if done.returncode:
         found["error"] = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-    try:
-        found["result"] = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        found["text"] = done.stdout.strip()
-    return found
+    result = last_object(done.stdout)
+    return found | ({"text": done.stdout.strip()} if result is None else {"result": result})
+
+
+def last_object(text: str) -> dict[str, Any] | None:
+    """The last line that is a JSON object; libraries print lines of their own behind it, as NCCL does with NCCL_DEBUG=INFO."""
+    for line in reversed(text.splitlines()):
+        with suppress(ValueError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+    return None
 
 
 def choices(sweep: Sequence[str]) -> list[tuple[str, ...]]:

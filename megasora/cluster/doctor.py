@@ -6,8 +6,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +19,13 @@ from megasora.device import devices_here, on_gpu
 from megasora.observe.hardware import gemm_peak, synchronize
 
 BLOCK = 1 << 20
+RAMP = 2.0  # seconds of work after which a clock is up
 GPU_FIELDS = {  # of nvidia-smi --query-gpu
     "driver": "driver_version",
     "clock": "clocks.current.sm",
     "clock_max": "clocks.max.sm",
     "memory_errors": "ecc.errors.uncorrected.volatile.total",
     "pending_rows": "remapped_rows.pending",
-    "temperature": "temperature.gpu",
 }
 
 
@@ -33,9 +35,9 @@ class Limits:
 
     gpus: int = 0
     cpus: int = 0
-    memory_gb: float = 0.0
+    memory_gib: float = 0.0
     driver: str = ""
-    clock_share: float = 0.0  # of the highest SM clock; idle GPUs clock down, so only under load
+    clock_share: float = 0.0  # of the highest SM clock; asked while products run, for idle GPUs clock down
     tflops: float = 0.0  # a GPU, or all cores, bf16 on a GPU
     free_gb: float = 1.0
     disk_mbs: float = 5.0  # written and synced
@@ -59,7 +61,7 @@ def examine(limits: Limits, directory: Path) -> Iterator[Finding]:
     """Looks at this machine; `directory` is where the run writes."""
     cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield Finding("cpus", str(cores), f">= {limits.cpus}", cores >= limits.cpus)
-    yield Finding("memory_gb", f"{memory:.1f}", f">= {limits.memory_gb}", memory >= limits.memory_gb)
+    yield Finding("memory_gib", f"{memory:.1f}", f">= {limits.memory_gib}", memory >= limits.memory_gib)
     yield from gpu_findings(limits)
     yield computing(limits)
     for name, place in (("run", directory), ("tmp", Path(tempfile.gettempdir()))):
@@ -78,9 +80,11 @@ def gpu_findings(limits: Limits) -> Iterator[Finding]:
     if tool is None:
         yield Finding("gpu_health", "no nvidia-smi", "", None)
         return
+    loaded = [device for device in devices_here() if on_gpu(device)] if limits.clock_share else []
     query = [tool, f"--query-gpu={','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+        with busy(loaded):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         yield Finding("gpu_health", "nvidia-smi hangs", "an answer within 60 s", False)
         return
@@ -90,6 +94,29 @@ def gpu_findings(limits: Limits) -> Iterator[Finding]:
     for index, line in enumerate(done.stdout.strip().splitlines()):
         values = dict(zip(GPU_FIELDS, (value.strip() for value in line.split(",")), strict=True))
         yield from one_gpu(index, values, limits)
+
+
+@contextmanager
+def busy(devices: Sequence[torch.device]) -> Iterator[None]:
+    """Within, each device multiplies matrices all the time, so that its clock is the one that work gets."""
+    done = threading.Event()
+
+    def multiply(device: torch.device) -> None:
+        with suppress(RuntimeError):  # of a device that fails: `computing` meets it again, and says so
+            while not done.is_set():
+                gemm_peak(device, "bf16")
+
+    threads = [threading.Thread(target=multiply, args=(device,), daemon=True) for device in devices]
+    for thread in threads:
+        thread.start()
+    if threads:
+        time.sleep(RAMP)
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(timeout=RAMP)
 
 
 def one_gpu(index: int, values: dict[str, str], limits: Limits) -> Iterator[Finding]:

@@ -1,13 +1,14 @@
 """Where the wall time of a run went, over all its attempts: from metrics.jsonl and events.jsonl alone."""
 
-from collections.abc import Iterable
+import math
 from dataclasses import asdict, dataclass, field
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megasora.errors import ConfigError
-from megasora.observe.metrics import EVENTS, METRICS, read_lines
+from megasora.observe.metrics import EVENTS, METRICS, read_lines, read_steps
 
 # Every second of the wall time belongs to exactly one of them, in this order in pictures.
 PARTS = {
@@ -16,7 +17,7 @@ PARTS = {
     "checkpoint": "#4c7be9",
     "evaluate": "#8e6bd1",  # losses and samples for people
     "start_up": "#9aa5b1",  # from the start of the process to its first step
-    "lost": "#d1495b",  # steps that a later attempt did again
+    "lost": "#d1495b",  # steps from before which a later attempt went on
     "restart": "#5b6470",  # from the last word of an attempt to the start of the next process: dying, the queue
     "other": "#c8cdd3",
 }
@@ -38,35 +39,19 @@ class Attempt:
 
 def attempts_of(run: Path) -> list[Attempt]:
     """The attempts of a run, in order. Raises ConfigError if there is none."""
-    metrics, events = list(read_lines(run / METRICS)), list(read_lines(run / EVENTS))
-    counting: dict[int, int] = {}  # step -> the attempt that counts
-    for line in metrics:
-        counting[line["step"]] = max(line["attempt"], counting.get(line["step"], -1))
-    numbers = sorted({line["attempt"] for line in [*metrics, *events]})
-    if not numbers:
-        raise ConfigError(f"{run}: no run here, {EVENTS} and {METRICS} are empty or missing")
-    attempts: list[Attempt] = []
-    for number in numbers:
-        own = _account(number, _of(metrics, number), _of(events, number), counting)
-        if attempts:
-            own.seconds["restart"] = max(0.0, own.began - attempts[-1].ended)
-        attempts.append(own)
-    return attempts
-
-
-def _of(lines: Iterable[dict[str, Any]], attempt: int) -> list[dict[str, Any]]:
-    return [line for line in lines if line["attempt"] == attempt]
-
-
-def _account(
-    number: int, metrics: list[dict[str, Any]], events: list[dict[str, Any]], counting: dict[int, int]
-) -> Attempt:
-    start: dict[str, Any] = next((event for event in events if event["event"] == "start"), {})
-    times = [line["time"] for line in [*metrics, *events]]
-    began, ended = start.get("began", min(times)), max(times)
-    own = Attempt(number, began, ended, start.get("job", ""), start.get("world", 0))
-    for line in metrics:
-        counts = counting[line["step"]] == number
+    found: dict[int, Attempt] = {}
+    for event in read_lines(run / EVENTS):
+        own = _attempt(found, event)
+        if event["event"] == "start":
+            own.began = min(own.began, event.get("began", own.began))
+            own.job, own.world = event.get("job", ""), event.get("world", 0)
+        part = {"save": "checkpoint", "eval": "evaluate", "show": "evaluate"}.get(event["event"])
+        if part:
+            own.seconds[part] += event.get("blocked_s", event.get("seconds", 0.0))  # a save may go on in the background
+    first: dict[int, float] = {}  # attempt -> when its first step began
+    for line, counts in read_steps(run):
+        own = _attempt(found, line)
+        first[own.attempt] = min(first.get(own.attempt, math.inf), line["time"] - line["step_time_s"])
         own.steps += counts
         own.repeated += not counts
         if counts:
@@ -74,13 +59,21 @@ def _account(
             own.seconds["productive"] += line["step_time_s"] - line["data_wait_s"]
         else:
             own.seconds["lost"] += line["step_time_s"]
-    for event in events:
-        part = {"save": "checkpoint", "eval": "evaluate", "show": "evaluate"}.get(event["event"])
-        if part:
-            own.seconds[part] += event.get("blocked_s", event.get("seconds", 0.0))  # a save may go on in the background
-    first = min((line["time"] - line["step_time_s"] for line in metrics), default=ended)
-    own.seconds["start_up"] = max(0.0, first - began)
-    own.seconds["other"] = max(0.0, ended - began - sum(own.seconds.values()))
+    if not found:
+        raise ConfigError(f"{run}: no run here, {EVENTS} and {METRICS} are empty or missing")
+    attempts = [found[number] for number in sorted(found)]
+    for own in attempts:
+        own.seconds["start_up"] = max(0.0, first.get(own.attempt, own.ended) - own.began)
+        own.seconds["other"] = max(0.0, own.ended - own.began - sum(own.seconds.values()))
+    for before, own in pairwise(attempts):
+        own.seconds["restart"] = max(0.0, own.began - before.ended)
+    return attempts
+
+
+def _attempt(found: dict[int, Attempt], line: dict[str, Any]) -> Attempt:
+    """The attempt that wrote a line, which was alive then."""
+    own = found.setdefault(line["attempt"], Attempt(line["attempt"], line["time"], line["time"]))
+    own.began, own.ended = min(own.began, line["time"]), max(own.ended, line["time"])
     return own
 
 

@@ -2,6 +2,8 @@
 
 A thread renews it once a second, so a process that does not run at all differs from one that waits. When a phase lasts, the
 thread also notes the collective that the rank waits in, from torch's flight recorder.
+
+Times are those of the machine's monotonic clock, which all its processes share: a step of its wall clock stalls nobody.
 """
 
 import faulthandler
@@ -52,7 +54,14 @@ class Heartbeat:
     def __init__(self, rank: int) -> None:
         directory = os.environ.get(DIRECTORY)
         self.file = Path(directory) / f"{rank}.json" if directory else None
-        self.state = {"rank": rank, "pid": os.getpid(), "step": 0, "phase": "start", "bucket": "", "since": time.time()}
+        self.state = {
+            "rank": rank,
+            "pid": os.getpid(),
+            "step": 0,
+            "phase": "start",
+            "bucket": "",
+            "since": time.monotonic(),
+        }
         self.closed = threading.Event()
         self.stacks: TextIO | None = None
         if self.file:
@@ -60,7 +69,7 @@ class Heartbeat:
             threading.Thread(target=self._renew, daemon=True).start()
 
     def enter(self, step: int, phase: str, bucket: str = "") -> None:
-        self.state |= {"step": step, "phase": phase, "bucket": bucket, "since": time.time()}
+        self.state |= {"step": step, "phase": phase, "bucket": bucket, "since": time.monotonic()}
 
     def keep_stacks(self, file: Path) -> None:
         """From now on SIGUSR2 appends the stacks of all threads to a file, even while one of them holds the interpreter."""
@@ -82,7 +91,7 @@ class Heartbeat:
 
     def _write(self) -> None:
         assert self.file is not None
-        now = time.time()
+        now = time.monotonic()
         state = dict(self.state)
         collective, number = waiting_in() if now - float(str(state["since"])) > LASTING else ("", 0)
         temporary = self.file.with_suffix(".new")
@@ -118,7 +127,7 @@ def waiting_in() -> tuple[str, int]:
 def read_beats(directory: Path, host: str) -> list[Beat]:
     """Of the ranks of this machine, in order; none before the workers have written any."""
     beats = []
-    now = time.time()
+    now = time.monotonic()
     for file in directory.glob("*.json"):
         found = json.loads(file.read_text())
         beats.append(Beat(

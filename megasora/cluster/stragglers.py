@@ -44,8 +44,10 @@ class StepTimes:
 
     def add(self, data_s: float, forward_s: float) -> list[Straggler]:
         """The slow ranks, at the end of a window. A collective call: all ranks add their steps, and get the same."""
+        if self.world == 1:
+            return []
         self.steps.append((data_s, forward_s))
-        if len(self.steps) < WINDOW or self.world == 1:
+        if len(self.steps) < WINDOW:
             return []
         own = tuple(median(values) for values in zip(*self.steps, strict=True))
         self.steps.clear()

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -108,11 +108,19 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], unit: str, heigh
         places = [(left + (x - x_low) * across, bottom - (y - y_low) * up) for x, y in line]
         if len(places) <= FEW:
             drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour[name]}"/>' for x, y in places]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in thinned(places))
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour[name]}" stroke-width="1.6">'
                      f"<title>{escape(name)}</title></polyline>")  # fmt: skip
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 26}" role="img">'
     return "\n".join([head, *drawn, "</svg>"])
+
+
+def thinned(places: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Of the points of a line, from left to right, the lowest and the highest of each pixel's column: it looks the same."""
+    for _, column in itertools.groupby(places, lambda place: int(place[0])):
+        points = list(column)
+        ends = {extreme(range(len(points)), key=lambda i: points[i][1]) for extreme in (min, max)}
+        yield from (points[i] for i in sorted(ends))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -10,12 +10,16 @@ from megasora.errors import CheckFailed, ConfigError
 from megasora.observe.charts import curves, page, table
 from megasora.observe.metrics import EVENTS, METRICS, history, read_lines
 
+FIELDS = (
+    "attempt", "step", "loss", "grad_norm", "lr", "samples", "order", "step_time_s", "data_wait_s", "tokens_per_s", "mfu",
+    "imbalance", "peak_memory_bytes", "world", "layout",
+)  # fmt: skip
 FAULTS = ("skipped", "spike", "rollback", "save_failed", "bad_sample", "slow_rank")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory tells of its steps (the last attempt at each) and of what happened."""
+    """What a run directory tells of its steps (`FIELDS` of those that count) and of what happened."""
 
     name: str
     steps: list[dict[str, Any]]
@@ -27,7 +31,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     names = [path.name for path in paths]
     runs = []
     for path in paths:
-        steps = history(path)
+        steps = history(path, FIELDS)
         if not steps:
             raise ConfigError(f"{path}: no run here with a step, its {METRICS} is missing or empty")
         name = path.name if names.count(path.name) == 1 else str(path)

@@ -68,7 +68,6 @@ def sources(name: str, rails: str, efficiency: str) -> dict[str, str]:
     }
 
 
-# By what a GPU's name holds; the first that fits counts.
 DEVICES: dict[str, Device] = {
     "H100 PCIe": Device(
         "H100 PCIe", {"fp8": 1513e12, "bf16": 756e12, "fp32": 51e12}, 79.1 * GIB, 2.0e12, 64e9, 8, 25e9, RESERVED, HOPPER,
@@ -93,6 +92,14 @@ DEVICES: dict[str, Device] = {
         sources("A100", "DGX A100: a ConnectX-6 of 200 Gb/s a GPU", ASSUMED),
     ),
 }  # fmt: skip
+# What the driver calls exactly these. Their kin (H100 NVL, GH200, GB200, an A100 of 40 GB, a MIG slice) have other peaks.
+NAMES = {
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "NVIDIA A100-SXM4-80GB": "A100",
+}
 # A device that overlaps nothing and has no node: this machine's processes, over loopback.
 CPU_EFFICIENCY = Efficiency(gemm=0.8, attention=0.4, memory=1.0, link=1.0, network=1.0, operation=15e-6, overlap=0.0)
 
@@ -107,14 +114,16 @@ def this_cpu(peaks: dict[str, float], share: int = 1) -> Device:
     )  # fmt: skip
 
 
+def known_device(name: str) -> Device | None:
+    """The GPU that the driver calls so; None for one whose numbers are not in the table, however alike its name."""
+    return DEVICES[NAMES[name]] if name in NAMES else None
+
+
 def device_peak(device: torch.device, precision: str, fp8: bool = False) -> float:
     """FLOP/s: the data sheet's for a known GPU, else (and on every CPU) the best GEMM measured now, 0.2 s.
     With `fp8` that of fp8 products, where the device has them."""
-    if on_gpu(device):
-        name = torch.cuda.get_device_name(device)
-        for known, found in DEVICES.items():
-            if known in name:
-                return found.peaks.get("fp8" if fp8 else precision, found.peaks[precision])
+    if on_gpu(device) and (known := known_device(torch.cuda.get_device_name(device))):
+        return known.peaks.get("fp8" if fp8 else precision, known.peaks[precision])
     return gemm_peak(device, precision)
 
 

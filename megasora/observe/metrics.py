@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     continue  # the torn end of an earlier attempt, closed by the next one
 
 
-def history(run: Path) -> list[dict[str, Any]]:
-    """The steps of a run in order; of one step the highest attempt counts."""
-    steps: dict[int, dict[str, Any]] = {}
+def read_steps(run: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Every line of metrics.jsonl, and whether its step counts: not where a later attempt went on from a step before it."""
+    starts = {line["attempt"]: line["step"] for line in read_lines(run / EVENTS) if line["event"] == "start"}
+    ends = {own: min((at for later, at in starts.items() if later > own), default=math.inf) for own in starts}
     for line in read_lines(run / METRICS):
-        if line["step"] not in steps or line["attempt"] >= steps[line["step"]]["attempt"]:
-            steps[line["step"]] = line
+        yield line, line["step"] <= ends.get(line["attempt"], math.inf)
+
+
+def history(run: Path, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The steps of a run that count, in order; of each `only` some fields, where a long run is not to fill the memory."""
+    steps = {
+        line["step"]: {field: line[field] for field in only} if only else line
+        for line, counts in read_steps(run)
+        if counts
+    }
     return [steps[step] for step in sorted(steps)]
 
 

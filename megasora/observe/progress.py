@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """`progress(done, total, what)` as often as one likes."""
+    """`progress(done, total, what)` as often as one likes. What is done at the first call took none of this one's time."""
 
     SECONDS = 10.0  # between lines where there is no terminal
 
@@ -17,6 +17,7 @@ class Progress:
         self.bar: tqdm | None = None
         self.terminal = sys.stderr.isatty()
         self.begin = self.spoke = time.monotonic()
+        self.first: tuple[int, float] | None = None  # what was done at the first call, and when that was
 
     def __enter__(self) -> "Progress":
         return self
@@ -24,17 +25,19 @@ class Progress:
     def __call__(self, done: int, total: int, what: str) -> None:
         if self.terminal:
             if self.bar is None:
-                self.bar = tqdm(total=total, desc=self.name, file=sys.stderr, leave=True)
+                self.bar = tqdm(total=total, initial=done, desc=self.name, file=sys.stderr, leave=True)
             self.bar.total = total
             self.bar.n = done
             self.bar.set_postfix_str(what)
             return
         now = time.monotonic()
+        first, since = self.first = self.first or (done, now)
         if now - self.spoke >= self.SECONDS or done == total:
             self.spoke = now
-            left = (now - self.begin) / done * (total - done) if done else 0.0
-            soon = f"about {left:.0f} s left" if done < total else f"{now - self.begin:.0f} s"
-            print(f"{self.name}: {done}/{total} {what} ({soon})".replace("  ", " "), file=sys.stderr, flush=True)
+            soon = f" ({now - self.begin:.0f} s)" if done == total else ""
+            if first < done < total:
+                soon = f" (about {(now - since) / (done - first) * (total - done):.0f} s left)"
+            print(f"{self.name}: {done}/{total} {what}{soon}".replace("  ", " "), file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

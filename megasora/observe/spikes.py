@@ -30,10 +30,11 @@ class SpikeConfig:
 
 
 class SpikeWatch:
-    """Remembers (loss, gradient norm) of the steps that were no spikes. All ranks have the same numbers, so the same verdicts."""
+    """Remembers (loss, gradient norm) of the steps that were no spikes. All ranks have the same numbers, so the same verdicts.
+    After half a window of spikes without a step between them it takes them for a new level: it forgets, and begins again."""
 
-    def __init__(self, config: SpikeConfig, recent: Sequence[Sequence[float]] = ()) -> None:
-        self.config = config
+    def __init__(self, config: SpikeConfig, recent: Sequence[Sequence[float]] = (), in_a_row: int = 0) -> None:
+        self.config, self.in_a_row = config, in_a_row
         self.recent: deque[tuple[float, float]] = deque(((loss, norm) for loss, norm in recent), maxlen=config.window)
 
     def judge(self, loss: float, grad_norm: float) -> str:
@@ -45,6 +46,10 @@ class SpikeWatch:
                 middle = median(history)
                 deviation = max(SIGMA * median(abs(past - middle) for past in history), FLOOR * abs(middle))
                 if value > middle + self.config.threshold * deviation:
+                    self.in_a_row += 1
+                    if self.in_a_row >= self.config.window // 2:
+                        self.recent.clear()
                     return f"{name} {value:.4g}, of late {middle:.4g} +- {deviation:.2g}"
+        self.in_a_row = 0
         self.recent.append((loss, grad_norm))
         return ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megasora.config import parse_config
 from megasora.errors import ConfigError
-from megasora.observe.hardware import DEVICES, Device, Efficiency, this_cpu
+from megasora.observe.hardware import Device, Efficiency, known_device, this_cpu
 from megasora.parallel.layout import parse_layout
 from megasora.planner.job import Job
 from megasora.planner.mixture import find_mixture
@@ -70,10 +70,7 @@ def read_report(file: Path) -> dict[str, Any]:
 
 def device_of(report: dict[str, Any]) -> Device:
     """The profile to begin with: the known GPU of that name, else the CPU, with no peak yet."""
-    for known, device in DEVICES.items():
-        if known in report["machine"]["device"]:
-            return device
-    return this_cpu({}, report["world"])
+    return known_device(report["machine"]["device"]) or this_cpu({}, report["world"])
 
 
 def run_of(name: str, report: dict[str, Any], device: Device, text_tokens: int) -> Run:

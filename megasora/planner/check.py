@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from megasora.errors import ConfigError
-from megasora.observe.hardware import DEVICES, GIB, Device, this_cpu
+from megasora.observe.hardware import DEVICES, GIB, Device, known_device, this_cpu
 from megasora.parallel.layout import Layout
 from megasora.parallel.plan import check_layout
 from megasora.planner.encoders import encoder_bytes
@@ -31,7 +31,7 @@ def device_here(device: torch.device) -> Device:
     if device.type == "cpu":
         return this_cpu({}, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     properties = torch.cuda.get_device_properties(device)
-    known = next((found for name, found in DEVICES.items() if name in properties.name), DEVICES["A100"])
+    known = known_device(properties.name) or DEVICES["A100"]
     return replace(known, name=properties.name, memory=properties.total_memory)
 
 

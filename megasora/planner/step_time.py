@@ -81,6 +81,7 @@ def link_of(axis: str, layout: Layout, node: int) -> str:
         "shard": layout.tp * layout.cp * layout.dp_shard,
         "data": layout.tp * layout.cp * layout.dp,
         "replicate": layout.tp * layout.cp * layout.dp,
+        "peers": layout.world // layout.pp,
     }
     return "link" if spans.get(axis, layout.world) <= node else "network"
 

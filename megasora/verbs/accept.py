@@ -24,13 +24,13 @@ from megasora.errors import CheckFailed, ConfigError
 from megasora.observe.logs import start_logging
 
 SCHEMA = 1
-# What a launcher tells a worker; the parts are none, they start their own.
 GPU_CHECK = Path(__file__).parents[2] / "kernels" / "gpu_check.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML, see configs/")
     parser.add_argument("--processes", type=int, metavar="N", help="of the bench; default: one a GPU, or one")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="that the node must have; 0: not asked for")
     parser.add_argument(
         "--layout", action="append", default=[], metavar="L", help="to prove and, the first, to measure"
     )
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     load_config(args.config, args.overrides)
     nproc = args.processes or len(devices_here())
-    record = accept(args.config, args.overrides, nproc, args.layout or [f"dp{nproc}"])
+    record = accept(args.config, args.overrides, nproc, args.layout or [f"dp{nproc}"], args.gpus)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n")
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
         raise CheckFailed(f"not accepted: {', '.join(bad)}; {record['parts'][bad[0]]['error']}")
 
 
-def accept(config: Path, overrides: Sequence[str], nproc: int, layouts: Sequence[str]) -> dict[str, Any]:
-    """Runs every part to its end, whatever the others found."""
+def accept(config: Path, overrides: Sequence[str], nproc: int, layouts: Sequence[str], gpus: int) -> dict[str, Any]:
+    """Runs every part to its end, whatever the others found; `gpus` is what the node must have, 0 for anything."""
     import torch
 
     from megasora.device import pick_device
@@ -68,7 +68,7 @@ def accept(config: Path, overrides: Sequence[str], nproc: int, layouts: Sequence
 
     common = ["--config", str(config), *overrides]
     bench = ["bench", *common, "--data=synthetic", "--json", f"--parallel.layout={layouts[0]}"]
-    parts: dict[str, Any] = {"doctor": outcome(megasora("doctor", "--json"))}
+    parts: dict[str, Any] = {"doctor": outcome(megasora("doctor", "--gpus", str(gpus), "--json"))}
     if torch.cuda.is_available() and GPU_CHECK.exists():
         parts["kernels"] = outcome([sys.executable, str(GPU_CHECK)])
     else:

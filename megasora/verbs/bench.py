@@ -95,7 +95,9 @@ def sweep(args: argparse.Namespace) -> None:
     if args.rounds < 1:
         raise ConfigError(f"bench: --rounds={args.rounds}: at least 1")
     points = choices(args.sweep)
-    check_outputs(load_config(args.config, args.overrides), args)
+    config = load_config(args.config, args.overrides)
+    check_outputs(config, args)
+    output = config.bench.output
     for point in points:  # what is misspelt is known before anything is measured
         parse_layout(load_config(args.config, [*args.overrides, *point]).parallel.layout)
     results: dict[tuple[str, ...], list[dict[str, Any]]] = {point: [] for point in points}
@@ -103,10 +105,10 @@ def sweep(args: argparse.Namespace) -> None:
         for place, point in enumerate(points):
             log.info("round %d of %d, point %d of %d", number + 1, args.rounds, place + 1, len(points))
             results[point].append(measure(args, point))
-    found = [Point(name_of(point), fastest(results[point])) for point in points]
-    text = json.dumps({"schema": SCHEMA, "sweep": args.sweep, "points": [vars(point) for point in found]})
-    if output := load_config(args.config, args.overrides).bench.output:
-        write(Path(output), text + "\n")
+            found = [Point(name_of(point), fastest(rounds)) for point, rounds in results.items() if rounds]
+            text = json.dumps({"schema": SCHEMA, "sweep": args.sweep, "points": [vars(point) for point in found]})
+            if output:  # after every point: what is measured outlives what goes wrong later
+                write(Path(output), text + "\n")
     print(text if args.json else side_by_side(found))
     if args.html:
         write(args.html, bench_page(found))
@@ -120,7 +122,10 @@ def measure(args: argparse.Namespace, point: Sequence[str]) -> dict[str, Any]:
     world = parse_layout(load_config(args.config, [*args.overrides, *point]).parallel.layout).world
     threads = max(1, (os.cpu_count() or 1) // world)
     done = outcome(megasora("bench", "--config", str(args.config), *words, nproc=world), threads)
-    return {"error": done["error"].removeprefix("megasora: ")} if done["exit"] else dict(done["result"])
+    if done["exit"]:
+        return {"error": done["error"].removeprefix("megasora: ")}
+    result: dict[str, Any] = done.get("result", {"error": "it ended well and printed no result"})
+    return result
 
 
 def fastest(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from megasora.schema import Config
 
 SHARED = ("train", "bench", "doctor")  # verbs whose processes work together; the others of a node work for themselves
 ALONE = ("prepare", "parity", "doctor", "accept", "train-vae")  # verbs that want one process a node
-CHECKS = ("parity", "doctor", "accept")  # verbs that fail by finding something: again they would find it again
+CHECKS = ("parity", "doctor", "accept", "bench")  # verbs that fail by finding something: again they would find it again
 ARRAYS = ("prepare", "encode")  # verbs whose tasks share the work without meeting
 
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE")  # as sbatch reads it
@@ -129,11 +129,14 @@ def describe(args: argparse.Namespace, configs: list[Config], arguments: list[st
                 f"launch: --chain={args.chain}: every job would begin at run.resume={config.run.resume}; give auto"
             )
     tasks = len(configs) if args.sweep else args.array
-    doctor = None if args.doctor is None else tuple(shlex.split(args.doctor))
+    gpus = ("--gpus", str(args.gpus_per_node))  # before what the user asks for, which counts
+    doctor = None if args.doctor is None else (*gpus, *shlex.split(args.doctor))
     if doctor is not None and (unknown := parse_verb(["doctor", *doctor]).overrides):
         raise ConfigError(f"launch: --doctor={args.doctor}: doctor has no {unknown[0]}")
     if args.verb == "doctor":
-        arguments = ["--links", *arguments]
+        arguments = ["--links", *gpus, *arguments]
+    if args.verb == "accept":
+        arguments = [*gpus, *arguments]
     here = Path.cwd()
     digest = xxhash.xxh3_64_hexdigest(str(run).encode())[:6]
     after = [f"afterok:{args.after}"] * bool(args.after) + ["singleton"] * (args.chain > 1)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     for text in args.layout:
         check_layout(config.model, parse_layout(text))
         check_engine(config, parse_layout(text))
-    tolerance = args.tolerance or TOLERANCE[config.precision.precision]
+    tolerance = TOLERANCE[config.precision.precision] if args.tolerance is None else args.tolerance
     results = []
     with tempfile.TemporaryDirectory() as directory:
         reference = Path(directory) / "reference"

@@ -13,6 +13,12 @@ def _steps(slow: int) -> list[list[tuple[int, float]]]:
     return [[(straggler.rank, straggler.typical_s) for straggler in stragglers] for stragglers in found]
 
 
+def test_one_process_keeps_no_steps() -> None:
+    alone = StepTimes(1)
+    assert not any(alone.add(0.1, 0.1) for _ in range(2 * WINDOW))
+    assert not alone.steps
+
+
 def test_a_slow_rank_is_named_at_the_end_of_each_window() -> None:
     nothing: list[tuple[int, float]] = []
     for slow, expected in ((1, [(1, 0.11)]), (-1, nothing)):

@@ -14,6 +14,7 @@ from megasora import trainer as module
 from megasora.cluster.heartbeat import Heartbeat
 from megasora.cluster.signals import StopRequest
 from megasora.observe.profiler import ProfileConfig, StepProfiler
+from megasora.observe.spikes import SpikeConfig, SpikeWatch
 from megasora.schema import Config, Stage
 from megasora.segments import Segment
 from megasora.trainer import Trainer
@@ -97,7 +98,8 @@ def test_a_stage_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "build_loader", lambda *_: loader)
     monkeypatch.setattr(module, "build_recipe", lambda *_: None)
     monkeypatch.setattr(module, "learning_rate", lambda config, peak, step, steps: rates.append(step))
-    trainer = bare(config=Config(), data=SimpleNamespace(facts=None), obey={}, step=20)
+    watch = SpikeWatch(SpikeConfig(), [(1.0, 1.0)])
+    trainer = bare(config=Config(), data=SimpleNamespace(facts=None), obey={}, step=20, watch=watch)
     monkeypatch.setattr(
         trainer, "next_batch", lambda batches, segment: (next(batches) or SimpleNamespace(buckets={}), False)
     )
@@ -106,3 +108,24 @@ def test_a_stage_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.run_segment(Segment(1, Stage(steps=25), stage_first=10, first=15, end=40))
     assert asked == [5]  # of the segment
     assert rates == [10]  # of the stage
+    assert trainer.watch is watch
+    with pytest.raises(FarEnoughError):
+        trainer.run_segment(Segment(1, Stage(steps=25), stage_first=20, first=20, end=40))
+    assert not trainer.watch.recent  # a new stage has its own level
+
+
+@pytest.mark.parametrize(("saved", "forgotten", "expected"), [(25, False, 3.0), (20, False, 7.0), (25, True, None)])
+def test_a_rollback_brings_back_the_level_of_its_stage(
+    saved: int, forgotten: bool, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 is what the checkpoint has, 7 what the stage has had of late."""
+    monkeypatch.setattr(module, "verify", lambda path: "")
+    monkeypatch.setattr(module, "load_from", lambda path, engine: None)
+    monkeypatch.setattr(module, "read_facts", lambda path: {"step": saved, "recent": [(3.0, 1.0)]})
+    watch = SpikeWatch(SpikeConfig(), [] if forgotten else [(7.0, 1.0)], in_a_row=2)
+    segments = [Segment(0, Stage(), 0, 0, 20), Segment(1, Stage(), 20, 20, 40)]
+    saver = SimpleNamespace(step=None)
+    trainer = bare(config=Config(), step=30, watch=watch, segments=segments, saver=saver, good=Path(), engine=None)
+    trainer.roll_back()
+    assert [loss for loss, _ in trainer.watch.recent] == ([] if expected is None else [expected])
+    assert trainer.watch.in_a_row == 2

@@ -139,7 +139,7 @@ def test_a_stopped_rank_is_named_and_the_job_restarted(
 
 def test_a_sick_node_is_named_and_left_out(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
     run = road.directory / "sick"
-    doctor = """--doctor=--site 'bash -c "test $SLURMD_NODENAME != n1"'"""
+    doctor = """--doctor=--gpus 0 --site 'bash -c "test $SLURMD_NODENAME != n1"'"""
     job = launch("train", f"--run.dir={run}", "--run.steps=2", doctor, nodes=2, nproc=1)
     ended = cluster.wait(job, timeout=200)
     assert ended["JobState"] == "COMPLETED", output(run)

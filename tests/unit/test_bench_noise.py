@@ -2,14 +2,14 @@
 
 import json
 import random
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megasora.errors import CheckFailed, ConfigError
-from megasora.observe.noise import counts, difference, is_steady, rank_limit
+from megasora.observe.noise import AGREEING, WINDOW, counts, difference, is_steady, rank_limit
 from megasora.observe.regression import check_rounds, compare, read_result
 
 
@@ -27,6 +27,12 @@ from megasora.observe.regression import check_rounds, compare, read_result
 )
 def test_a_trend_is_told_from_noise(times: list[float], steady: bool) -> None:
     assert is_steady(times) is steady
+
+
+def test_the_chance_of_a_trend_that_is_none() -> None:
+    """What the comment beside AGREEING says."""
+    pairs = [sum(a > b for a, b in combinations(order, 2)) for order in permutations(range(WINDOW))]
+    assert sum(max(falls, 15 - falls) >= AGREEING for falls in pairs) / len(pairs) == pytest.approx(0.14, abs=0.005)
 
 
 def test_the_counts_are_those_of_all_orders() -> None:

@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from megasora.cli import main
-from megasora.observe.charts import ticks_between
+from megasora.observe.charts import curves, ticks_between
+from megasora.observe.compare import FIELDS, read_runs
 
 
 def write_run(path: Path, losses: list[float | None], orders: str = "", layout: str = "dp1") -> str:
@@ -79,6 +80,19 @@ def test_the_page_draws_every_run(first: str, tmp_path: Path) -> None:
         drawn = ElementTree.fromstring("<svg" + picture.partition("</svg>")[0] + "</svg>")
         assert len([line for line in drawn.iter() if line.tag.endswith("polyline")]) == 2
     assert "<other>" not in page.read_text()
+
+
+def test_a_long_run_is_read_and_drawn_in_little(tmp_path: Path) -> None:
+    """Of a line only what it reads of it is kept; of a curve not more than its pixels show, its one peak with them."""
+    steps = 20000
+    write_run(tmp_path / "long", [1.0 + (i == 777) for i in range(steps)], orders="a" * steps)
+    (run,) = read_runs([tmp_path / "long"])
+    assert len(run.steps) == steps
+    assert set(run.steps[0]) == set(FIELDS)
+    picture = curves({"long": [(float(step["step"]), step["loss"]) for step in run.steps]}, "step")
+    points = picture.partition('points="')[2].partition('"')[0].split()
+    assert len(points) < 2000
+    assert min(float(point.partition(",")[2]) for point in points) == 36.0  # the top of the axis
 
 
 @pytest.mark.parametrize(

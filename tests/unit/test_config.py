@@ -55,6 +55,7 @@ def test_the_unknown_key_exits_2_with_one_line(capsys: pytest.CaptureFixture[str
         ("--run.steps=true", "run.steps"),
         ("--run.dir=", "run.dir="),
         ("--optim.lr=nan", "optim.lr=nan"),
+        ("--bench.tolerance=nan", "bench.tolerance=nan"),
         ("--optim.betas=[0.9,2]", "optim.betas.1=2.0"),
         ("--model.heads=0", "model.heads=0"),
         ("--model.family=dti", "did you mean dit?"),

@@ -1,9 +1,13 @@
 import re
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megasora.cli import main
 from megasora.errors import ConfigError
 from megasora.models.dit import DiTConfig
 from megasora.models.mmdit import MMDiTConfig
@@ -128,3 +132,20 @@ def test_layouts_that_fit(text: str) -> None:
 def test_impossible_layouts_name_the_key_and_one_that_works(text: str, world: int) -> None:
     with pytest.raises(ConfigError, match=rf"parallel.layout={text}.*valid here: dp{world},zero2"):
         parse_layout(text, world)
+
+
+def test_parity_may_be_asked_for_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tolerance of 0 is one, and not the default."""
+    found = SimpleNamespace(worst=1e-9, where="head.weight", without=[])
+
+    def start(args: Namespace, layout: str, file: Path, *overrides: str) -> None:
+        file.touch()
+
+    for name, stub in (("start", start), ("load", lambda file: None), ("compare", lambda reference, other: found)):
+        monkeypatch.setattr(f"megasora.verbs.parity.{name}", stub)
+    words = ["parity", "--config", str(Path(__file__).parents[2] / "configs/demo.yaml"), "--layout=dp2"]
+    assert main(words) == 0
+    assert main([*words, "--tolerance=0"]) == 1
+    assert "head.weight is off by 1.00e-09, above 0e+00" in capsys.readouterr().err

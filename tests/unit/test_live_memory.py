@@ -42,14 +42,20 @@ def test_parts_share_nothing() -> None:
     assert state_by_part([weights], tensors) == {"weights": 600, "optimizer": 400, "ema": 0}
 
 
-def test_energy_is_summed_over_packages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_summed_over_packages_and_counters_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(joules: dict[str, int]) -> list[energy.Counter] | None:
+        for name, value in joules.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "energy_uj").write_text(f"{value}000000\n")
+            (tmp_path / name / "max_energy_range_uj").write_text("100000000\n")
+        return energy.energy(CPU)
+
     monkeypatch.setattr(energy, "RAPL", tmp_path)
-    assert energy.energy(CPU) is None
-    for name, joules in (
-        ("intel-rapl:0", 5),
-        ("intel-rapl:1", 7),
-        ("intel-rapl:0:0", 3),
-    ):  # the last is a part of the first
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(f"{joules}000000\n")
-    assert energy.energy(CPU) == 12.0
+    assert count({}) is None
+    before = count({"intel-rapl:0": 5, "intel-rapl:1": 97, "intel-rapl:0:0": 3})  # the last is a part of the first
+    after = count({"intel-rapl:0": 11, "intel-rapl:1": 4, "intel-rapl:0:0": 9})
+    assert before
+    assert after
+    assert energy.used(before, after) == 6 + 7

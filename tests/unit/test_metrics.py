@@ -1,7 +1,7 @@
 import resource
 from pathlib import Path
 
-from megasora.observe.metrics import Journal, Lines, StepMetrics, console_line, history, read_lines
+from megasora.observe.metrics import Journal, Lines, StepMetrics, console_line, history, read_lines, read_steps
 from megasora.resume import logged_replacements
 
 
@@ -13,16 +13,16 @@ def line(attempt: int, step: int, loss: float) -> StepMetrics:
     )  # fmt: skip
 
 
-def test_of_one_step_the_highest_attempt_counts_and_torn_lines_do_not(tmp_path: Path) -> None:
+def test_of_one_step_the_last_attempt_counts_and_torn_lines_do_not(tmp_path: Path) -> None:
     first = Journal(tmp_path)
-    first.event("start")
+    first.event("start", step=0)
     for step in (1, 2, 3):
         first.step(line(first.attempt, step, loss=step))
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"attempt": 0, "step": 4, "lo')  # killed here
     second = Journal(tmp_path)
-    second.event("start")
+    second.event("start", step=2)
     assert second.attempt == 1
     for step in (3, 4):
         second.step(line(second.attempt, step, loss=10 * step))
@@ -34,6 +34,19 @@ def test_of_one_step_the_highest_attempt_counts_and_torn_lines_do_not(tmp_path: 
         (4, 1, 40),
     ]
     assert len(list(read_lines(tmp_path / "metrics.jsonl"))) == 5
+
+
+def test_steps_that_a_later_attempt_did_not_go_on_from_do_not_count(tmp_path: Path) -> None:
+    """The first dies at 5 with a checkpoint of 3, the second at once, the third goes on from it to 4: 5 was in vain too."""
+    for start, end in ((0, 5), (3, 3), (3, 4)):
+        journal = Journal(tmp_path)
+        journal.event("start", step=start)
+        for step in range(start + 1, end + 1):
+            journal.step(line(journal.attempt, step, loss=step))
+        journal.close()
+    assert [(m["step"], m["attempt"]) for m in history(tmp_path)] == [(1, 0), (2, 0), (3, 0), (4, 2)]
+    assert history(tmp_path, ("step", "loss"))[-1] == {"step": 4, "loss": 4}
+    assert [counts for _, counts in read_steps(tmp_path)] == [True] * 3 + [False] * 2 + [True]
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:

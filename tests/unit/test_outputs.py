@@ -1,6 +1,8 @@
 """A disk that is full or closed, a place that is not there: one line with the key, exit code 2, and before the long work."""
 
 import errno
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from data_pipelines.shards.tars import ShardSet
 from megasora.cli import main
 from megasora.errors import NotWritable, check_writable, made_by, writing
 from megasora.observe.logs import log, start_logging
+from megasora.observe.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs/demo.yaml")
@@ -59,6 +62,23 @@ def test_a_sweep_with_a_misspelt_key_measures_nothing(capfd: pytest.CaptureFixtu
     assert "did you mean parallel.layout?" in fails(capfd, *bench, "parallel.layot=dp1;dp2")
     assert "banana" in fails(capfd, *bench, "parallel.layout=dp1;banana")
     assert "--rounds=0" in fails(capfd, *bench, "parallel.layout=dp1", "--rounds", "0")
+
+
+def test_a_sweep_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first point prints a line of a library's behind its result, the second nothing, and at the third the power fails."""
+    file = tmp_path / "sweep.json"
+    prints = iter(['{"step_time_s": 2.0}\nnode: NCCL INFO [0] done\n17', "[3]"])
+
+    def words(*_: str, nproc: int) -> list[str]:
+        return [sys.executable, "-c", f"print({next(prints)!r})"]
+
+    monkeypatch.setattr("megasora.verbs.bench.megasora", words)
+    sweep = ("bench", "--config", DEMO, "--data=synthetic", "--sweep", "parallel.layout=dp1;dp2;dp1,tp2")
+    with pytest.raises(StopIteration):
+        main([*sweep, f"--bench.output={file}"])
+    assert [point["result"] for point in json.loads(file.read_text())["points"]] == [
+        {"step_time_s": 2.0}, {"error": "it ended well and printed no result"},
+    ]  # fmt: skip
 
 
 def test_prepare_says_where_it_cannot_write(capfd: pytest.CaptureFixture[str], tmp_path: Path, closed: Path) -> None:
@@ -119,6 +139,21 @@ def test_the_demo_clips_take_no_option(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.argv", ["demo_clips", "--help"])
     assert demo_clips.main() == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_done_before_takes_no_time_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """90 of 100 are there; the next two take a minute, so that the other eight will take four."""
+    clock = iter([0.0, 5.0, 65.0, 300.0])
+    monkeypatch.setattr("megasora.observe.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    progress = Progress("encode")
+    for done in (90, 92, 100):
+        progress(done, 100, "samples")
+    assert capsys.readouterr().err.splitlines() == [
+        "encode: 92/100 samples (about 240 s left)", "encode: 100/100 samples (300 s)",
+    ]  # fmt: skip
 
 
 def test_an_option_without_a_verb_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from megasora.planner.memory import memory
 from megasora.planner.mixture import find_mixture
 from megasora.planner.plan import check_unit, has_room, job_of
 from megasora.planner.profiles import find_device
-from megasora.planner.step_time import step_time
+from megasora.planner.step_time import link_of, step_time
 from megasora.planner.watch import watching
 from megasora.training_data import synthetic_data
 
@@ -318,3 +318,9 @@ def pixels(picture: Any, colour: str) -> int:
     """How many of a colour."""
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return int((abs(picture - wanted).max(axis=-1) <= 2).sum())
+
+
+@pytest.mark.parametrize(("layout", "node", "where"), [("pp8,dp8", 8, "link"), ("pp2,tp2,dp8", 8, "network")])
+def test_the_ranks_of_a_pipeline_stage_share_a_node_where_they_fit(layout: str, node: int, where: str) -> None:
+    """Of which Muon broadcasts to each other."""
+    assert link_of("peers", parse_layout(layout), node) == where

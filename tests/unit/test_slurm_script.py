@@ -5,6 +5,7 @@ Write the golden files anew with `python -m tests.unit.test_slurm_script`.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,27 @@ def test_a_dry_run_prints_and_creates_nothing(config: Path, capsys: pytest.Captu
     assert "node_counts=(4 2)" in script  # three nodes would not divide the global batch
     assert "layouts=('dp8,zero2' 'dp4,zero2')" in script
     assert [path.name for path in config.parent.iterdir()] == ["c.yaml"]
+
+
+def test_the_doctor_asks_for_the_gpus_of_the_job(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def script(verb: str, *words: str) -> str:
+        assert main(["launch", "slurm", verb, "--config", str(config), "--dry-run", *words]) == 0
+        return capsys.readouterr().out
+
+    assert "\ndoctor=(--gpus 4 --gpus 2 --cpus 9) #" in script(
+        "train", "--gpus-per-node", "4", "--doctor=--gpus 2 --cpus 9"
+    )
+    assert "\ndoctor=(--gpus 8) #" in script("train", "--doctor")
+    assert re.search(r"command=\(accept --config \S+ --gpus 8\)", script("accept"))
+    assert main(["launch", "slurm", "doctor", "--gpus-per-node", "2", "--dry-run"]) == 0
+    assert "command=(doctor --links --gpus 2)" in capsys.readouterr().out
+
+
+def test_what_fails_by_finding_something_is_not_tried_again(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, times in (("bench", 0), ("parity", 0), ("accept", 0), ("train", 3)):
+        words = ["--max-restarts", "3", "--gpus-per-node", "1", "--dry-run"]
+        assert main(["launch", "slurm", verb, "--config", str(config), *words]) == 0
+        assert f"--max-restarts {times} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_it_goes_on_where_it_was() -> None:
     assert [i for i, verdict in enumerate(verdicts) if verdict] == [70]
 
 
+def test_a_lasting_change_is_a_new_level() -> None:
+    """A stage of larger videos, say: the first steps are spikes, and not every one from there on."""
+    chance = random.Random(3)
+    steps = [(chance.gauss(1, 0.1) + 20 * (i >= 50), 1.0) for i in range(120)] + [(500.0, 1.0)]
+    watch = SpikeWatch(SpikeConfig(window=16))
+    verdicts = [bool(watch.judge(*step)) for step in steps[:53]]
+    resumed = SpikeWatch(SpikeConfig(window=16), watch.recent, watch.in_a_row)
+    verdicts += [bool(resumed.judge(*step)) for step in steps[53:]]
+    assert [i for i, verdict in enumerate(verdicts) if verdict] == [*range(50, 58), 120]
+    single = [(1.0, 1.0), (1.0, 1.0), (90.0, 1.0)] * 40  # never two in a row: no new level
+    apart = SpikeWatch(SpikeConfig(window=16))
+    assert sum(bool(apart.judge(*step)) for step in single) > 30
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="threshold"):
         SpikeConfig(threshold=0)

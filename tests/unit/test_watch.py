@@ -12,12 +12,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from megasora.checkpoint.fence import is_requeued
 from megasora.cli import main
+from megasora.cluster import doctor
 from megasora.cluster.doctor import Finding, Limits, examine, gpu_findings, site_check
 from megasora.cluster.goodput import PARTS, goodput
-from megasora.cluster.heartbeat import Beat, Heartbeat, read_beats, verdict
+from megasora.cluster.heartbeat import Beat, Heartbeat, heartbeat, read_beats, verdict
 from megasora.cluster.links import Link, judge_links, rounds
 from megasora.cluster.signals import WARNING, StopRequest
 
@@ -97,6 +99,15 @@ def test_heartbeats_tell_a_stopped_process_from_a_waiting_one(tmp_path: Path) ->
             process.communicate()
 
 
+def test_a_step_of_the_clock_stalls_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASORA_HEARTBEATS", str(tmp_path))
+    with heartbeat(0):
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 3600)
+        (beat,) = read_beats(tmp_path, "a")
+    assert not beat.is_stalled(60)
+
+
 def test_without_a_launcher_there_are_no_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGASORA_HEARTBEATS", raising=False)
     beat = Heartbeat(0)
@@ -139,9 +150,9 @@ def run(tmp_path: Path) -> Path:
         for step in (4, 5)
     ]  # fmt: skip
     events = [
-        {"attempt": 0, "event": "start", "time": 102.0, "began": 100.0, "job": "17", "world": 4},
+        {"attempt": 0, "event": "start", "step": 0, "time": 102.0, "began": 100.0, "job": "17", "world": 4},
         {"attempt": 0, "event": "save", "time": 108.0, "seconds": 9.0, "blocked_s": 1.0},
-        {"attempt": 1, "event": "start", "time": 125.0, "began": 122.0, "job": "17", "world": 4},
+        {"attempt": 1, "event": "start", "step": 3, "time": 125.0, "began": 122.0, "job": "17", "world": 4},
     ]
     for name, lines in (("metrics", metrics), ("events", events)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -158,6 +169,16 @@ def test_every_second_of_a_run_is_accounted_for(run: Path) -> None:
     assert sum(found["seconds"].values()) == found["wall_s"]
     assert found["goodput"] == pytest.approx(8.5 / 30, abs=1e-4)
     assert [(a["steps"], a["repeated"], a["job"]) for a in found["attempts"]] == [(3, 1, "17"), (2, 0, "17")]
+
+
+def test_steps_from_before_which_a_run_went_on_are_lost(run: Path) -> None:
+    """The second attempt goes on from step 1 and dies before it has done a step: all that came after was in vain."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:4]))
+    (run / "events.jsonl").write_text((run / "events.jsonl").read_text().replace('"step": 3', '"step": 1'))
+    found = goodput(run)
+    assert (found["steps"], found["repeated"], found["seconds"]["productive"]) == (1, 3, 1.5)
+    assert found["seconds"]["lost"] == 6.0
 
 
 def test_goodput_prints_and_draws(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,8 +214,8 @@ def test_only_the_node_with_slow_links_is_blamed() -> None:
 
 # What `nvidia-smi --query-gpu=... --format=csv,noheader,nounits` prints, with one card that is not well.
 SMI = """#!/bin/sh
-echo '575.57.08, 1980, 1980, 0, 0, 41'
-echo '575.57.08, 345, 1980, 2, Yes, 88'
+echo '575.57.08, 1980, 1980, 0, 0'
+echo '575.57.08, 345, 1980, 2, Yes'
 """
 
 
@@ -213,11 +234,37 @@ def test_gpus_by_the_drivers_own_tool(tmp_path: Path, monkeypatch: pytest.Monkey
     assert health == Finding("gpu_health", "Unable to determine the device handle for GPU0", "nvidia-smi works", False)
 
 
+def test_clocks_are_those_of_gpus_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool finds the clock up only while a product runs, and nothing runs afterwards."""
+    tool, product = tmp_path / "nvidia-smi", tmp_path / "product"
+    tool.write_text(f'#!/bin/sh\ntest -e {product} && clock=1980 || clock=345\necho "575.57.08, $clock, 1980, 0, 0"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def multiply(device: torch.device, precision: str) -> float:
+        product.touch()
+        time.sleep(0.01)
+        return 1.0
+
+    monkeypatch.setattr(doctor, "gemm_peak", multiply)
+    monkeypatch.setattr(doctor, "on_gpu", lambda device: True)
+    monkeypatch.setattr(doctor, "devices_here", lambda: [torch.device("cpu")])
+    monkeypatch.setattr(doctor, "RAMP", 0.2)
+    assert [f.ok for f in gpu_findings(Limits(clock_share=0.9)) if f.check == "gpu0_clock"] == [True]
+    product.unlink()
+    time.sleep(0.1)
+    assert not product.exists()
+    assert not [f for f in gpu_findings(Limits()) if f.check == "gpu0_clock"]
+    assert not product.exists()  # nobody asked
+
+
 def test_what_is_asked_for_is_held_against_the_node(tmp_path: Path) -> None:
-    limits = Limits(gpus=9, cpus=1, free_gb=1e9, disk_mbs=0.001, site="sh -c 'echo no such mount; exit 3'")
+    limits = Limits(
+        gpus=9, cpus=1, memory_gib=1e6, free_gb=1e9, disk_mbs=0.001, site="sh -c 'echo no such mount; exit 3'"
+    )
     found = {finding.check: finding for finding in examine(limits, tmp_path)}
     bad = {name for name, finding in found.items() if finding.ok is False}
-    assert bad == {"gpus", "run_free_gb", "tmp_free_gb", "site"}
+    assert bad == {"gpus", "memory_gib", "run_free_gb", "tmp_free_gb", "site"}
     assert found["site"].found == "exit code 3 no such mount"
     (tmp_path / "my check.sh").write_text('#!/bin/sh\necho "$1 ok"')
     (tmp_path / "my check.sh").chmod(0o755)
