@@ -155,6 +155,23 @@ def test_our_kernels_for_cpus_take_large_and_equal_logits() -> None:
 
 
 @cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoilt", range(4))
+@pytest.mark.parametrize("token, value", [(0, "nan"), (259, "nan"), (300, "nan"), (130, "inf")])
+def test_our_kernels_for_cpus_pass_nan_on(spoilt: int, token: int, value: str, dtype: torch.dtype) -> None:
+    """In q, k, v and the gradient, in the first, the middle and the last block: where torch has NaN ours has, too."""
+    torch.manual_seed(0)
+    q, k, v, grad = parts = [torch.randn(2, 301, 2, 32).to(dtype) for _ in range(4)]
+    parts[spoilt][0, token, 1, 3] = float(value)
+    found, expected = [], []
+    for name, results in (("cpu", found), ("sdpa", expected)):
+        known = FLASH[name].forward(q, k, v)
+        results += [result.isfinite() for result in (*known, *FLASH[name].backward(grad, q, k, v, *known))]
+    assert not all(finite.all() for finite in expected)
+    assert all((b | ~a).all() for a, b in zip(found, expected, strict=True))
+
+
+@cpu_kernels
 def test_our_kernels_for_cpus_take_packed_rows_eager_and_as_operators() -> None:
     """Segments, windows and an order, with empty ones among them: outputs and gradients."""
     eager, sdpa = ChosenAttention("cpu", forced=False), ChosenAttention("sdpa", forced=True)
