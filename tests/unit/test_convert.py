@@ -222,7 +222,7 @@ def test_other_families_go_to_diffusers_and_come_back(
         assert torch.allclose(made.betas.double(), betas(config.gaussian), atol=1e-8)
     source = open_source(tmp_path / "out", "model/")
     assert source.names == state.keys()
-    assert (source.patch, source.channels) == (config.model.patch, 4)
+    assert (source.model.patch, source.model.channels) == (config.model.patch, 4)
     for name, tensor in state.items():
         assert torch.equal(source.read(name), tensor), name
 
