@@ -129,6 +129,8 @@ def load_image(source: Path | bytes) -> Image.Image:
         ) as file:
             check_size(file.height, file.width)
             picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):
+                return eight_bits(picture).convert("RGB")
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -137,6 +139,13 @@ def load_image(source: Path | bytes) -> Image.Image:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Undecodable(f"no readable image ({str(error).splitlines()[0]})") from error
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Of a grey picture with 16 bits a pixel the upper eight (Pillow would clip them to white); white where it is transparent."""
+    grey = np.asarray(picture).astype(np.int64)
+    shown = np.where(grey == picture.info.get("transparency"), 255, grey.clip(0, 65_535) >> 8)
+    return Image.fromarray(shown.astype(np.uint8))
 
 
 class Scaler:
