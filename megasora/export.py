@@ -21,17 +21,26 @@ from megasora.microbatch import patches_of
 from megasora.models.base import ModelConfig
 from megasora.models.dit import DiTConfig
 from megasora.models.families import build_model
+from megasora.models.first_stage import PIXELS
 from megasora.models.interop.classes import class_of
 from megasora.models.interop.names import export_weights
 from megasora.models.packing import Item, Shape, in_patches, pack, patchify
 from megasora.models.published_vae import PUBLISHED
 from megasora.models.stdit import STDiTConfig
+from megasora.models.text import tokenizer_directory
 from megasora.schema import Config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 PREDICTIONS = {"noise": "epsilon", "data": "sample", "velocity": "v_prediction"}  # diffusers' names
 TOLERANCE = 1e-4  # of the outputs, relative, in fp32
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "spiece.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -110,29 +119,40 @@ def scheduler_of(config: Config) -> dict[str, Any]:
 
 
 def copy_encoders(config: Config, target: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The VAE and the text encoder, where they are directories of diffusers' and transformers'; and why others are left out."""
-    parts, left_out = {}, {}
+    """The VAE and the text encoders, where they are directories of diffusers' and transformers'; and why others are left out."""
+    parts: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
     vae = Path(config.encode.vae)
     kind = read_kind(vae / "config.json", "_class_name")
     if kind in PUBLISHED:
         shutil.copytree(vae, target / "vae")
         parts["vae"] = ["diffusers", str(kind)]
     else:
-        left_out["vae"] = f"{vae}: diffusers has no class for it"
-    text = Path(config.encode.text.split(",")[0]) if config.encode.text else Path()
-    architecture = read_kind(text / "config.json", "architectures")
-    if config.encode.text and architecture:
-        shutil.copytree(text, target / "text_encoder")
-        parts["text_encoder"] = ["transformers", architecture[0]]
-        tokenizer = [name for name in TOKENIZER if (text / name).exists()]
-        if tokenizer:
-            (target / "tokenizer").mkdir()
-            for name in tokenizer:
-                shutil.copy(text / name, target / "tokenizer" / name)
-            kind = read_kind(text / "tokenizer_config.json", "tokenizer_class")
-            parts["tokenizer"] = ["transformers", str(kind or "AutoTokenizer")]
-    else:
+        missing = config.encode.vae != PIXELS and not vae.exists()
+        left_out["vae"] = f"{vae}: " + ("is not here" if missing else "diffusers has no class for it")
+    if not config.encode.text:
         left_out["text_encoder"] = "the small one beside the latents: transformers has no class for it"
+        return parts, left_out
+    for number, directory in enumerate(config.encode.text.split(","), 1):
+        suffix = f"_{number}" if number > 1 else ""  # as in diffusers' pipelines
+        text = Path(directory.strip())
+        tokenizer = tokenizer_directory(text)
+        architecture = read_kind(text / "config.json", "architectures")
+        if not architecture:
+            reason = "transformers has no class for it" if text.exists() else "is not here"
+            left_out[f"text_encoder{suffix}"] = f"{text}: {reason}"
+            continue
+        shutil.copytree(text, target / f"text_encoder{suffix}")
+        parts[f"text_encoder{suffix}"] = ["transformers", architecture[0]]
+        files = [name for name in TOKENIZER if (tokenizer / name).exists()]
+        if not files:
+            left_out[f"tokenizer{suffix}"] = f"{tokenizer}: has none of {', '.join(TOKENIZER)}"
+            continue
+        (target / f"tokenizer{suffix}").mkdir()
+        for name in files:
+            shutil.copy(tokenizer / name, target / f"tokenizer{suffix}" / name)
+        kind = read_kind(tokenizer / "tokenizer_config.json", "tokenizer_class")
+        parts[f"tokenizer{suffix}"] = ["transformers", str(kind or "AutoTokenizer")]
     return parts, left_out
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -32,32 +33,34 @@ from megasora.errors import CheckpointError, ConfigError
 from megasora.models.base import ModelConfig
 from megasora.models.families import build_model
 from megasora.models.interop.classes import CLASSES
-from megasora.models.interop.names import import_weights
-from megasora.models.packing import Patch
 from megasora.observe.logs import log
 from megasora.schema import Config
 
 INPUTS, OUTPUTS = ("patch_embed.weight",), ("head.out.weight", "head.out.bias", "out.weight", "out.bias")
+# What changes no weight's meaning, and what names and shapes tell.
+TOLD = ("preset", "attention", "family", "width", "depth", "single_depth", "refiner_depth", "channels", "patch", "learn_sigma",
+        "text_width", "pooled_width", "classes", "ffn")  # fmt: skip
 
 
 @dataclass
 class Report:
-    """By name: what went over as it was, what by a rule, what is drawn anew, and what of the source has no place here."""
+    """By name: what went over as it was, what by a rule, what is drawn anew, and what of the source has no place here; and the
+    settings of the two models that differ, though no shape shows it."""
 
     matched: list[str] = field(default_factory=list)
     adapted: dict[str, str] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights under our names, on demand, and the patch and channels of the model that they were of."""
+    """Weights under our names, on demand, and the model that they were of."""
 
     names: frozenset[str]
     read: Callable[[str], Tensor]
-    patch: Patch
-    channels: int
+    model: ModelConfig
 
 
 def init_from(path: Place, config: Config, engine: Engine, run: Path) -> Report:
@@ -83,6 +86,8 @@ def init_from(path: Place, config: Config, engine: Engine, run: Path) -> Report:
     ranks.first("", lambda: shutil.rmtree(root))
     log.info("weights from %s: %d as they are, %d by a rule, %d new, %d of theirs unused; see %s", path,
              len(report.matched), len(report.adapted), len(report.new), len(report.unused), run / "init.json")  # fmt: skip
+    if report.settings:
+        log.warning("the model of %s has other settings: %s", path, ", ".join(report.settings))
     return report
 
 
@@ -98,8 +103,7 @@ def open_source(path: Place, part: str) -> Source:
     contents = open_checkpoint(path)
     named = part if any(name.startswith(part) for name in contents.tensors) else "model/"
     names = frozenset(name.removeprefix(named) for name in contents.tensors if name.startswith(named))
-    model = parse_config(contents.facts["config"]).model
-    return Source(names, lambda name: contents.read(named + name), model.patch, model.channels)
+    return Source(names, lambda name: contents.read(named + name), parse_config(contents.facts["config"]).model)
 
 
 def _open_diffusers(path: Path) -> Source:
@@ -113,14 +117,22 @@ def _open_diffusers(path: Path) -> Source:
         theirs |= load_file(file)
     try:
         config = known.config(facts)
-        ours = import_weights(theirs, known.weight_map(config), config.depth)
+        ours = known.read(theirs, config)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{directory}: not a {known.name} that is known here: {error}") from error
-    return Source(frozenset(ours), ours.__getitem__, config.patch, config.channels)
+    return Source(frozenset(ours), ours.__getitem__, config)
 
 
 def fit_weights(source: Source, model: ModelConfig, rules: Mapping[str, str]) -> tuple[dict[str, Tensor], Report]:
-    """What the model's weights begin with, by name; those that are `new` are left out."""
+    """What the model's weights begin with, by name; those that are `new` are left out.
+
+    Raises ConfigError for what does not fit and has no rule, and for other heads in the same width, which have the same shapes.
+    """
+    if source.model.width == model.width and source.model.heads != model.heads:
+        raise ConfigError(
+            f"run.init_from: {source.model.heads} heads there, model.heads={model.heads} here: the same weights would mean "
+            "another model"
+        )
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in build_model(model).named_parameters()}
     depths = {name: depth for name in source.names if (depth := _block(name)) is not None}
@@ -137,7 +149,7 @@ def fit_weights(source: Source, model: ModelConfig, rules: Mapping[str, str]) ->
             found = torch.zeros(0) if missing else source.read(name)
         if rule == "new" and (missing or tuple(found.shape) != shape):
             report.new.append(name)
-        elif tuple(found.shape) == shape and not (_is_patch(name) and source.patch != model.patch):
+        elif tuple(found.shape) == shape and not (_is_patch(name) and source.model.patch != model.patch):
             fitted[name] = found
             report.adapted |= {name: rule} if missing else {}
             report.matched += [] if missing else [name]
@@ -150,7 +162,14 @@ def fit_weights(source: Source, model: ModelConfig, rules: Mapping[str, str]) ->
                 f"run.init_from: {name} {had}; give run.init_rules, such as {{{name}: repeat}}, zero or new"
             )
     report.unused = sorted(source.names - wanted.keys())
+    report.settings = other_settings(asdict(source.model), asdict(model))
     return fitted, report
+
+
+def other_settings(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What both models have, differently, and what neither names nor shapes of weights tell."""
+    names = [name for name in here if name in there and name not in TOLD and there[name] != here[name]]
+    return [f"{name} {there[name]} there, {here[name]} here" for name in names]
 
 
 def adapt(name: str, found: Tensor, shape: tuple[int, ...], source: Source, model: ModelConfig, rule: str) -> Tensor:
@@ -158,7 +177,7 @@ def adapt(name: str, found: Tensor, shape: tuple[int, ...], source: Source, mode
     axis = 1 if name in INPUTS else 0
     sizes = list(shape)
     if _is_patch(name):
-        old = (*source.patch, source.channels)
+        old = (*source.model.patch, source.model.channels)
         found = found.unflatten(axis, (found.shape[axis] // math.prod(old), *old))
         new = (*model.patch, model.channels)
         sizes[axis : axis + 1] = [shape[axis] // math.prod(new), *new]

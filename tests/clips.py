@@ -62,12 +62,14 @@ def video_bytes(
     rotation: int = 0,
     mirrored: bool = False,
     pixel_aspect: Fraction | None = None,
+    settings: dict[str, str] | None = None,
 ) -> bytes:
-    """frames uint8 [T, H, W, 3] encoded by PyAV alone. An mp4 has its header first, so a cut-off file still opens."""
+    """frames uint8 [T, H, W, 3] encoded by PyAV alone, with FFmpeg's settings. An mp4 has its header first, so a cut-off file
+    still opens."""
     options = {"movflags": "faststart"} if container == "mp4" else {}
     quality = {"crf": "10", "mbtree": "0"} if codec == "libx264" else {}  # mbtree: see Mp4Writer
     with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=container, options=options) as output:
-        stream = output.add_stream(codec, rate=fps, options=quality)
+        stream = output.add_stream(codec, rate=fps, options=quality | (settings or {}))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.thread_count = "yuv420p", 1
         if rotation or mirrored:

@@ -65,8 +65,11 @@ def _picture(content: Path | bytes, config: PrepareConfig, drop: Callable[[str, 
 def _clips(
     content: Path | bytes, known: Known, config: PrepareConfig, drop: Callable[[str, str], None]
 ) -> Iterator[Piece]:
-    """One pass: a piece ends at a shot change, after clip_seconds, and where `known` says so."""
+    """One pass: a piece ends at a shot change, after clip_seconds, and where `known` says so. Drops HDR and interlaced video."""
     with VideoReader(content) as reader:
+        if reader.unlike:
+            drop(reader.unlike, "")
+            return
         given = _shape_scores(reader.height, reader.width) | {"fps": round(reader.fps, 4)}
         if reason := out_of_limits(given, config.limits):
             drop(reason, "")

@@ -17,7 +17,7 @@ from typing import Literal
 import av
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
 from data_pipelines.video.reader import Undecodable, VideoReader, check_size
@@ -29,6 +29,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 EXACT = (
     Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 )  # colours in full, on any CPU
+UNSPECIFIED = 2  # the code of ITU-T H.273 for a matrix
+LINES_601 = 720  # frames with more, if they do not say, are BT.709, as players take them
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def load_image(source: Path | bytes) -> Image.Image:
         ) as file:
             check_size(file.height, file.width)
             picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):
+                return eight_bits(picture).convert("RGB")
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -137,6 +141,13 @@ def load_image(source: Path | bytes) -> Image.Image:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Undecodable(f"no readable image ({str(error).splitlines()[0]})") from error
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Of a grey picture with 16 bits a pixel the upper eight (Pillow would clip them to white); white where it is transparent."""
+    grey = np.asarray(picture).astype(np.int64)
+    shown = np.where(grey == picture.info.get("transparency"), 255, grey.clip(0, 65_535) >> 8)
+    return Image.fromarray(shown.astype(np.uint8))
 
 
 class Scaler:
@@ -162,11 +173,21 @@ class Scaler:
             if (part.height, part.width) == (height, width):  # only the colour is interpolated
                 kernel = Interpolation.BILINEAR
             picture = self._scaler.reformat(
-                part, width=width, height=height, format="rgb24", interpolation=kernel | EXACT, threads=1
-            )
+                part, width=width, height=height, format="rgb24", interpolation=kernel | EXACT, threads=1,
+                src_colorspace=matrix_of(frame),
+            )  # fmt: skip
         except (FFmpegError, ValueError) as error:
             raise Undecodable(f"no way from {frame.format.name} to RGB") from error
         return self._turn(picture.to_ndarray())
+
+
+def matrix_of(frame: av.VideoFrame) -> Colorspace | None:
+    """BT.709 for large frames that name no matrix; None: what the frame names, or BT.601, as JPEG's frames (yuvj) always are.
+
+    Players begin with 720 lines. Untagged frames of just 720 stay BT.601 here: so the demo's were always prepared.
+    """
+    large = frame.height > LINES_601 and not frame.format.name.startswith("yuvj")
+    return Colorspace.ITU709 if large and frame.colorspace == UNSPECIFIED else None
 
 
 class Cutter:

@@ -34,6 +34,7 @@ BOXES = frozenset(
 )  # of MP4, with tables somewhere inside
 BOXES_MAX = 1_000_000
 SLACK = Fraction(1, 1000)  # seconds
+HDR = (16, 18)  # the codes of ITU-T H.273 for transfer by PQ and HLG
 
 Timed = tuple[int, av.VideoFrame]  # with the time when it is shown, in ticks of its stream
 
@@ -85,6 +86,7 @@ class VideoReader:
     width: int
     fps: float
     damage: str | None
+    unlike: str  # why its frames do not look as in a player: "HDR", "interlaced", or nothing
 
     def __init__(self, source: Path | bytes, *, start: int = 0, seconds: Fraction | None = None) -> None:
         self._open(source)
@@ -95,7 +97,7 @@ class VideoReader:
                 where = f"frame {start}" if seconds is None else f"second {float(seconds)}"
                 raise Undecodable(f"it ends before {where}" if start or seconds else "no frame can be decoded")
             self._first, (_, first) = found, found
-            self.turn = Turn.of(first)
+            self.turn, self.unlike = Turn.of(first), unlike(first)
             shown_width = round(first.width * (self._stream.sample_aspect_ratio or 1))
             check_size(first.height, shown_width)
             self.height, self.width = (shown_width, first.height) if self.turn.swap else (first.height, shown_width)
@@ -303,6 +305,13 @@ class VideoReader:
         ):  # the sound may be what lasts that long
             return 0
         return 0.95 * self._container.duration / av.time_base * self.fps
+
+
+def unlike(frame: av.VideoFrame) -> str:
+    """What RGB of 8 bits would wash out, or show as a comb."""
+    if frame.color_trc in HDR:
+        return "HDR"
+    return "interlaced" if frame.interlaced_frame else ""
 
 
 @dataclass(frozen=True)

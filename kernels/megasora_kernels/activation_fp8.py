@@ -132,7 +132,7 @@ def _backward_kernel(
     largest: tl.constexpr,
     tiny: tl.constexpr,
 ) -> None:
-    """One program: a tile of 128 x 128 of the gradient of h. For swiglu a tile lies in one half."""
+    """One program: a tile of 128 x 128 of the gradient of h. For swiglu one may lie across both halves."""
     row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
     column = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -220,8 +220,11 @@ def activation_fp8(h: Tensor, bias: Tensor, activation: Activation) -> Both:
 def activation_fp8_backward(
     da: Tensor, h: Tensor, bias: Tensor, activation: Activation
 ) -> tuple[Quantised, Quantised, Tensor]:
-    """da [L, F] -> the fp8 of the gradient of h, of its transpose, and the gradient of bias [H] fp32."""
+    """da [L, F] -> the fp8 of the gradient of h, of its transpose, and the gradient of bias [H] fp32. Raises as the forward."""
     _check(h, bias, activation)
+    width = h.shape[1] // (2 if activation == "swiglu" else 1)
+    if da.shape != (h.shape[0], width):
+        raise ValueError(f"da must be {[h.shape[0], width]}, not {[*da.shape]}")
     function = activation_fp8_backward_triton if h.is_cuda else activation_fp8_backward_reference
     return function(da, h, bias, activation)
 

@@ -139,9 +139,10 @@ template <class T> void pack_channels(Head<const T> x, int64_t tokens, int64_t K
   }
 }
 
-// exp, to 2 units in the last place: 2^i · 2^f, f in [-1/2, 1/2], by a polynomial. Below the smallest float: 0.
+// exp, to 2 units in the last place: 2^i · 2^f, f in [-1/2, 1/2], by a polynomial. Below the smallest float: 0. Of NaN: NaN,
+// since max gives its second operand there.
 __m512 exponential(__m512 x) {
-  const __m512 log2_e = _mm512_set1_ps(1.44269504088896f), y = _mm512_max_ps(x, _mm512_set1_ps(-104.f));
+  const __m512 log2_e = _mm512_set1_ps(1.44269504088896f), y = _mm512_max_ps(_mm512_set1_ps(-104.f), x);
   const __m512 i = _mm512_roundscale_ps(_mm512_mul_ps(y, log2_e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_fmsub_ps(y, log2_e, i);
   __m512 p = _mm512_set1_ps(1.5403530393381608e-4f);  // ln2^k / k!
@@ -190,9 +191,9 @@ void forward(const Shape& s, const ForwardRoom<T>& room, Head<const T> q, Head<c
       for (int64_t r = 0; r < rows; ++r) {
         float* x = logits + r * whole;
         for (int64_t c = count; c < columns; ++c) x[c] = -std::numeric_limits<float>::infinity();
-        __m512 top = _mm512_set1_ps(most[r]);
+        __m512 top = _mm512_set1_ps(most[r]);  // of what is no NaN, which comes to the sum by its exp
         for (int64_t c = 0; c < columns; c += LANES)
-          top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_load_ps(x + c), _mm512_set1_ps(s.scale)));
+          top = _mm512_max_ps(_mm512_mul_ps(_mm512_load_ps(x + c), _mm512_set1_ps(s.scale)), top);
         const float now = _mm512_reduce_max_ps(top), shrink = std::exp(most[r] - now);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t c = 0; c < columns; c += LANES) {

@@ -204,12 +204,13 @@ def _forward(
 
 @torch.library.custom_op("megasora_kernels::gated_layernorm_backward", mutates_args=())
 def _backward(
-    dout: Tensor, dnormed: Tensor, out: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, sample: Tensor,
+    dout: Tensor, dnormed: Tensor, out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, sample: Tensor,
     mean: Tensor, rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dy, dgate, dscale, dshift; without a gate dy and dgate are empty: dy is dx."""
+    """dx, dy, dgate, dscale, dshift; without a gate y is not needed, and dy and dgate are empty: dy is dx."""
     (tokens, width), samples = out.shape, scale.shape[0]
-    dout, dnormed, out, y = dout.contiguous(), dnormed.contiguous(), out.contiguous(), y.contiguous()
+    dout, dnormed, out = dout.contiguous(), dnormed.contiguous(), out.contiguous()
+    y = out if gate is None or y is None else y.contiguous()  # stands in where there is none
     scale, sample = rows(scale), sample.contiguous()
     gates = scale if gate is None else rows(gate)
     dx = torch.empty_like(out)
@@ -240,9 +241,9 @@ def _(
 
 @_backward.register_fake
 def _(
-    dout: Tensor, dnormed: Tensor, out: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, *_rest: Tensor
+    dout: Tensor, dnormed: Tensor, out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, *_rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dy = y.new_empty(0 if gate is None else y.shape[0], y.shape[1])
+    dy = out.new_empty(0, out.shape[1]) if gate is None or y is None else y.new_empty(y.shape)
     dgate = scale.new_empty(0 if gate is None else scale.shape[0], scale.shape[1])
     return out.new_empty(out.shape), dy, dgate, scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
@@ -251,15 +252,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _x, y, gate, scale, _shift, sample, _eps, _fp8_scale = inputs
     out, _normed, fp8, amax, mean, rstd = output
     ctx.mark_non_differentiable(fp8, amax, mean, rstd)
-    ctx.save_for_backward(out, y, gate, scale, sample, mean, rstd)
+    ctx.y_dtype = y.dtype
+    ctx.save_for_backward(out, None if gate is None else y, gate, scale, sample, mean, rstd)
 
 
 def _differentiate(ctx: Any, dout: Tensor, dnormed: Tensor, *_statistics: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: recomputation hands each out a single time
-    _out, y, gate, *_rest = saved
+    _out, _y, gate, *_rest = saved
     dx, dy, dgate, dscale, dshift = _backward(dout, dnormed, *saved)
     if gate is None:
-        return dx, dx.to(y.dtype), None, dscale, dshift, None, None, None
+        return dx, dx.to(ctx.y_dtype), None, dscale, dshift, None, None, None
     return dx, dy, dgate, dscale, dshift, None, None, None
 
 

@@ -4,6 +4,7 @@ Which kernels compute it is chosen once, by what is installed and what the devic
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,10 @@ Span = tuple[int, int, int, int]  # first query and their number, first key and 
 NAMES = ("auto", "sdpa", "cpu", "flash4", "flash3", "flash2", "te", "cudnn", "triton")  # of model.attention
 # On a GPU, before torch's own. Only torch's and cuDNN's have been measured.
 PREFERRED = ("flash3", "flash4", "flash2", "te")
+# Flash attention's backward sums dq in fp32 [n, up(L, 128), N, up(K, 32)]: tens of thousands of short sequences fill the memory,
+# and illegal accesses are reported beyond 2^31 numbers. By device: how many one call may take; what is not here has no limit.
+SUMS_MAX = {"cuda": 1 << 28}
+SEQUENCES_MAX = 65_535  # of one call there: the second and third axis of a launch have no more
 
 log = logging.getLogger("megasora")
 
@@ -117,7 +122,7 @@ def by_segment(
     segments of one size in one call. A segment without keys (padding in cross-attention) gets zeros."""
     outputs = []
     attended = list(zip(queries.starts, queries.lengths, keys.starts, keys.lengths, strict=True))
-    for n, (a, length, b, width) in alike(attended, apart=isinstance(keys, Windows)):
+    for n, (a, length, b, width) in alike(q, attended, apart=isinstance(keys, Windows)):
         if length == 0:
             continue
         part_q = q[a : a + n * length]
@@ -125,17 +130,47 @@ def by_segment(
             outputs.append(torch.zeros_like(part_q))
             continue
         parts = (part_q, k[b : b + n * width], v[b : b + n * width])
+        if lone(q, length, width):
+            outputs.append(answer(*parts))
+            continue
         outputs.append(attend(*(x.unflatten(0, (n, -1)) for x in parts)).flatten(0, 1))
     if not any(length and width for _, length, _, width in attended):
         return nothing_seen(q, k, v)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def alike(spans: Iterable[Span], apart: bool) -> Iterator[tuple[int, Span]]:
-    """Neighbours of one size: how many, and the first of them. What is `apart`, as windows are, goes one by one."""
+def alike(q: Tensor, spans: Iterable[Span], apart: bool) -> Iterator[tuple[int, Span]]:
+    """Neighbours of one size, as many as one call takes: how many, and the first of them. What is `apart`, as windows are, goes
+    one by one."""
     for _, group in groupby(spans, (lambda span: span) if apart else (lambda span: (span[1], span[3]))):
-        first, *others = group
-        yield 1 + len(others), first
+        found = list(group)
+        _, length, _, width = found[0]
+        called = length and width and not lone(q, length, width)
+        most = at_once(q, length) if called else len(found)
+        for first in range(0, len(found), most):
+            yield min(most, len(found) - first), found[first]
+
+
+def at_once(q: Tensor, length: int) -> int:
+    """How many sequences of so many queries one call takes, of heads as in q [..., N, K]."""
+    if q.device.type not in SUMS_MAX:
+        return sys.maxsize
+    return max(1, min(SEQUENCES_MAX, SUMS_MAX[q.device.type] // (-(-length // 128) * 128 * sums_of_token(q))))
+
+
+def sums_of_token(q: Tensor) -> int:
+    """Numbers that flash attention's backward sums of a token: N · up(K, 32)."""
+    return q.shape[-2] * -(-q.shape[-1] // 32) * 32
+
+
+def lone(q: Tensor, length: int, width: int) -> bool:
+    """Whether a token sees one key where calls have limits: its answer needs none."""
+    return length == width == 1 and q.device.type in SUMS_MAX
+
+
+def answer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[n, N, K] each, of tokens that see one key: v. The others are of the graph, with gradients of zero."""
+    return v + 0 * q + 0 * k
 
 
 def varlen_attention(name: str, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments | Windows) -> Tensor:
@@ -146,6 +181,38 @@ def varlen_attention(name: str, q: Tensor, k: Tensor, v: Tensor, queries: Segmen
         stretches = [torch.arange(a, a + n, device=k.device) for a, n in zip(keys.starts, keys.lengths, strict=True)]
         places = torch.cat(stretches)
         k, v, keys = k[places], v[places], Segments(keys.lengths, k.device)
+    calls = [*varlen_calls(q, queries, keys)]
+    if len(calls) == 1:
+        return varlen_call(name, q, k, v, queries, keys)
+    outputs = []
+    for first, end in calls:
+        (a, b), (c, d) = ((s.offsets[first], s.offsets[end]) for s in (queries, keys))
+        mine, seen = (Segments(s.lengths[first:end], q.device) for s in (queries, keys))
+        outputs.append(varlen_call(name, q[a:b], k[c:d], v[c:d], mine, seen))
+    return torch.cat(outputs)
+
+
+def varlen_calls(q: Tensor, queries: Segments, keys: Segments) -> Iterator[tuple[int, int]]:
+    """Of each call the first segment and the end: lone tokens go apart, of others as many as a call takes, padded by up to 128
+    tokens each."""
+    most, token = SUMS_MAX.get(q.device.type, sys.maxsize), sums_of_token(q)
+    first, taken, before = 0, 0, False
+    for i, (length, width) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
+        sums, alone = (length + 128) * token, lone(q, length, width)
+        full = not alone and (taken + sums > most or i - first == SEQUENCES_MAX)
+        if i > first and (full or alone != before):
+            yield first, i
+            first, taken = i, 0
+        taken, before = taken + sums, alone
+    yield first, len(queries.lengths)
+
+
+def varlen_call(name: str, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    """Segments that are all lone tokens, or none of them."""
+    if not any(map(min, queries.lengths, keys.lengths)):
+        return nothing_seen(q, k, v)
+    if lone(q, queries.lengths[0], keys.lengths[0]):
+        return answer(q, k, v)
     return VARLEN[name](q, k, v, queries, keys)
 
 

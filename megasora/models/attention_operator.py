@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasora.models.attention import Attention, ChosenAttention, Span, alike
+from megasora.models.attention import Attention, ChosenAttention, Span, alike, answer, lone
 from megasora.models.flash import FLASH
 from megasora.models.packing import Order, Segments, Windows
 
@@ -45,9 +45,9 @@ def as_operator(attention: Attention) -> Attention:
     return AttentionOperator(name, attention.forced)
 
 
-def members(queries: Tensor, keys: Tensor, windows: bool) -> Iterator[tuple[int, Span]]:
+def members(q: Tensor, queries: Tensor, keys: Tensor, windows: bool) -> Iterator[tuple[int, Span]]:
     """What `alike` finds in spans [2, S] each."""
-    return alike(zip(*queries.tolist(), *keys.tolist(), strict=True), windows)
+    return alike(q, zip(*queries.tolist(), *keys.tolist(), strict=True), windows)
 
 
 def stretch_of(x: Tensor, first: int, n: int, length: int) -> Tensor:
@@ -56,12 +56,12 @@ def stretch_of(x: Tensor, first: int, n: int, length: int) -> Tensor:
 
 
 def whole_row(q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, windows: bool) -> int:
-    """How many sequences a row has, if they are all of one size and fill it: what a kernel gives is then the result itself. Else
-    none."""
-    found = list(members(queries, keys, windows))
+    """How many sequences a row has, if one call takes them all and they fill it: what a kernel gives is then the result itself.
+    Else none."""
+    found = list(members(q, queries, keys, windows))
     n, (a, length, b, width) = found[0] if found else (0, (0, 0, 0, 0))
     filled = (a, n * length, b, n * width) == (0, len(q), 0, len(k)) and length and width
-    return n if len(found) == 1 and filled else 0
+    return n if len(found) == 1 and filled and not lone(q, length, width) else 0
 
 
 def flattened(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -74,16 +74,18 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, windows: bool, library: str
 ) -> tuple[Tensor, Tensor]:
     """q [L, N, K], k and v [M, N, K], spans [2, S] int64 on the host -> out [L, N, K], lse [L, N] fp32. What sees no key gets
-    zeros."""
+    zeros, and so does the lse of lone tokens, which the backward pass does not need."""
     flash = FLASH[library]
     if alone := whole_row(q, k, queries, keys, windows):
         out, lse = flattened(flash.forward(*(x.unflatten(0, (alone, -1)) for x in (q, k, v))))
         return out, lse
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    for n, (a, length, b, width) in members(queries, keys, windows):
+    for n, (a, length, b, width) in members(q, queries, keys, windows):
         results = [stretch_of(x, a, n, length) for x in (out, lse)]
         found: Sequence[Tensor] = [torch.zeros_like(x) for x in results]
-        if length and width:
+        if lone(q, length, width):
+            found = answer(stretch_of(q, a, n, 1), *(stretch_of(x, b, n, 1) for x in (k, v))), found[1]
+        elif length and width:
             found = flash.forward(stretch_of(q, a, n, length), *(stretch_of(x, b, n, width) for x in (k, v)))
         torch._foreach_copy_(results, list(found))
     return out, lse
@@ -100,8 +102,10 @@ def packed_attention_backward(
         dq, dk, dv = flattened(flash.backward(*(x.unflatten(0, (alone, -1)) for x in (grad, q, k, v, out, lse))))
         return dq, dk, dv
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    for n, (a, length, b, width) in members(queries, keys, windows):
-        if length and width:
+    for n, (a, length, b, width) in members(q, queries, keys, windows):
+        if lone(q, length, width):
+            dv[b : b + n] += grad[a : a + n]
+        elif length and width:
             mine = [stretch_of(x, a, n, length) for x in (grad, q, out, lse, dq)]
             seen = [stretch_of(x, b, n, width) for x in (k, v, dk, dv)]
             found = flash.backward(*mine[:2], *seen[:2], *mine[2:4])

@@ -52,3 +52,22 @@ def test_packed_segments_are_as_torchs(name: str, head_width: int) -> None:
         for i, (found, expected) in enumerate(zip(*results, strict=True)):
             error = ((found.float() - expected).norm() / expected.norm()).item()
             assert error < 0.01, f"{case}: {('out', 'dq', 'dk', 'dv')[i]} is {error:.3f} off"
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("name", [*VARLEN, "cudnn", "sdpa"])
+def test_more_segments_than_one_call_takes(name: str, length: int) -> None:
+    """As pictures have in a temporal block. Never run since rows go in several calls."""
+    skip_where_missing(name)
+    segments = Segments((length,) * 70_000, CUDA)
+    leaves = [torch.randn(70_000 * length, 2, 64, device=CUDA).bfloat16().requires_grad_() for _ in range(3)]
+    grad = torch.randn_like(leaves[0])
+    found = ChosenAttention(name, forced=True)(*leaves, segments, segments)
+    q, k, v = (leaf.float().unflatten(0, (-1, length)) for leaf in leaves)  # [n, L, N, K]
+    weights = (torch.einsum("slnk,smnk->snlm", q, k) / 8).softmax(-1)
+    expected = torch.einsum("snlm,smnk->slnk", weights, v).flatten(0, 1)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    for a, b in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad.float()), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)

@@ -3,6 +3,7 @@ partial keys."""
 
 import ctypes
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,11 +16,13 @@ from megasora.errors import ConfigError
 from megasora.models import attention
 from megasora.models.attention import (
     ChosenAttention,
+    alike,
     cannot_build,
     choose,
     find_attention,
     flash_of,
     sdpa_attention,
+    varlen_attention,
 )
 from megasora.models.attention_operator import as_operator
 from megasora.models.flash import FLASH
@@ -98,6 +101,50 @@ def test_32_bits_go_to_torch_or_are_refused() -> None:
         ChosenAttention("flash2", forced=True)(q, q, q, segments, segments)
 
 
+@pytest.mark.parametrize(
+    "bound, most, alone, together",
+    [(1 << 28, 1 << 16, 8, 48), (1, 1 << 16, 1, 1), (7 * 2 * 128 * 32, 1 << 16, 7, 6), (1 << 28, 2, 2, 2)],
+)
+def test_rows_of_many_segments_go_in_calls_of_bounded_size(
+    monkeypatch: pytest.MonkeyPatch, bound: int, most: int, alone: int, together: int
+) -> None:
+    """As on a GPU: the same outputs and gradients, also of pictures in a temporal block, whose segments are one token."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(49, 2, 16, requires_grad=True) for _ in range(3)]
+    mixed, single = (7,) * 5 + (1,) * 9 + (0, 3, 2), (1,) * 49
+    rows = [
+        (mixed, mixed),
+        (single, single),
+        ((7,) * 7, (7,) * 7),
+        (single, (1, *[0] * 47, 48)),
+        ((6,) * 8 + (1,), (6,) * 8 + (1,)),
+    ]
+    eager, sizes = ChosenAttention("sdpa", forced=True), []
+
+    def watched(*given: Any) -> torch.Tensor:
+        sizes.append(len(given[3].lengths))
+        return sdpa_attention(*given)
+
+    def found(attend: Any, lengths: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
+        y = attend(*leaves, *(Segments(each, CPU) for each in lengths))
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    monkeypatch.setitem(attention.VARLEN, "watched", watched)
+    ways = (eager, as_operator(eager), partial(varlen_attention, "watched"))
+    expected = [[found(attend, row) for row in rows] for attend in ways]
+    sizes.clear()
+    monkeypatch.setitem(attention.SUMS_MAX, "cpu", bound)
+    monkeypatch.setattr(attention, "SEQUENCES_MAX", most)
+    for attend, known in zip(ways, expected, strict=True):
+        for row, parts in zip(rows, known, strict=True):
+            for a, b in zip(parts, found(attend, row), strict=True):
+                # Of lone tokens the gradients of q and k are zero, which kernels round.
+                assert torch.equal(a, b) or (1 in row[1] and torch.allclose(a, b, rtol=0, atol=1e-4))
+    assert max(sizes) == together
+    assert max(n for n, _ in alike(leaves[0], [(6 * i, 6, 6 * i, 6) for i in range(8)], apart=False)) == alone
+    assert not any(found(attend, (single, single))[1].any() for attend in ways)
+
+
 def test_a_ring_has_the_librarys_kernels_or_torchs() -> None:
     short, long = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
     assert flash_of(ChosenAttention("flash3", forced=False), short) is FLASH["flash3"]
@@ -152,6 +199,23 @@ def test_our_kernels_for_cpus_take_large_and_equal_logits() -> None:
     known = FLASH["cpu"].forward(one, -one, one)
     assert known[1].item() < -9000
     assert all(not t.isnan().any() for t in FLASH["cpu"].backward(one, one, -one, one, *known))
+
+
+@cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoilt", range(4))
+@pytest.mark.parametrize("token, value", [(0, "nan"), (259, "nan"), (300, "nan"), (130, "inf")])
+def test_our_kernels_for_cpus_pass_nan_on(spoilt: int, token: int, value: str, dtype: torch.dtype) -> None:
+    """In q, k, v and the gradient, in the first, the middle and the last block: where torch has NaN ours has, too."""
+    torch.manual_seed(0)
+    q, k, v, grad = parts = [torch.randn(2, 301, 2, 32).to(dtype) for _ in range(4)]
+    parts[spoilt][0, token, 1, 3] = float(value)
+    found, expected = [], []
+    for name, results in (("cpu", found), ("sdpa", expected)):
+        known = FLASH[name].forward(q, k, v)
+        results += [result.isfinite() for result in (*known, *FLASH[name].backward(grad, q, k, v, *known))]
+    assert not all(finite.all() for finite in expected)
+    assert all((b | ~a).all() for a, b in zip(found, expected, strict=True))
 
 
 @cpu_kernels

@@ -19,7 +19,7 @@ from megasora.checkpoint.save import save
 from megasora.config import load_config, to_dict
 from megasora.diffusion.gaussian import betas
 from megasora.errors import CheckFailed, CheckpointError, ConfigError
-from megasora.export import parity
+from megasora.export import copy_encoders, parity
 from megasora.init_from import open_source
 from megasora.models.families import build_model
 from megasora.models.interop.dit import DIFFUSERS_TIME_PERIOD
@@ -222,7 +222,7 @@ def test_other_families_go_to_diffusers_and_come_back(
         assert torch.allclose(made.betas.double(), betas(config.gaussian), atol=1e-8)
     source = open_source(tmp_path / "out", "model/")
     assert source.names == state.keys()
-    assert (source.patch, source.channels) == (config.model.patch, 4)
+    assert (source.model.patch, source.model.channels) == (config.model.patch, 4)
     for name, tensor in state.items():
         assert torch.equal(source.read(name), tensor), name
 
@@ -236,6 +236,43 @@ def test_parity_sees_a_wrong_weight(
     found = parity(config, state | {"head.out.bias": state["head.out.bias"] + 0.1}, tmp_path / "out" / "transformer")
     assert found is not None
     assert found > 1e-3
+
+
+def test_an_export_has_all_encoders_and_tokenizers_or_says_why(tmp_path: Path) -> None:
+    """Of a pipeline's directory, as diffusers lays it out, and of encoders with their tokenizers inside."""
+    there = {
+        "published/text_encoder/config.json": '{"architectures": ["UMT5EncoderModel"]}',
+        "published/tokenizer/spiece.model": "x",
+        "published/tokenizer/tokenizer_config.json": '{"tokenizer_class": "T5Tokenizer"}',
+        "clip/config.json": '{"architectures": ["CLIPTextModel"]}',
+        "clip/vocab.json": "{}",
+        "clip/merges.txt": "",
+        "bare/config.json": '{"architectures": ["CLIPTextModel"]}',
+    }
+    for name, content in there.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+
+    def copied(vae: str, *texts: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+        names = ",".join(str(tmp_path / text) for text in texts)
+        target = tmp_path / f"out-{texts[-1].replace('/', '-')}"
+        return copy_encoders(load_config(None, [f"--encode.vae={vae}", f"--encode.text={names}"]), target)
+
+    parts, left_out = copied(str(tmp_path / "no-vae"), "published/text_encoder", "clip")
+    assert parts == {
+        "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"],
+        "text_encoder_2": ["transformers", "CLIPTextModel"], "tokenizer_2": ["transformers", "AutoTokenizer"],
+    }  # fmt: skip
+    assert left_out == {"vae": f"{tmp_path / 'no-vae'}: is not here"}
+    copies = {str(path.relative_to(tmp_path / "out-clip")) for path in (tmp_path / "out-clip").glob("tokenizer*/*")}
+    assert copies == {
+        "tokenizer/spiece.model", "tokenizer/tokenizer_config.json", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt"
+    }  # fmt: skip
+    parts, left_out = copied("pixels", "gone", "bare")
+    assert list(parts) == ["text_encoder_2"]
+    assert left_out["vae"] == "pixels: diffusers has no class for it"
+    assert left_out["text_encoder"] == f"{tmp_path / 'gone'}: is not here"
+    assert left_out["tokenizer_2"].startswith(f"{tmp_path / 'bare'}: has none of tokenizer.json, ")
 
 
 def test_what_has_no_class_in_diffusers_is_refused(tmp_path: Path) -> None:

@@ -1,18 +1,23 @@
 """Weights of one model fitted to another: what each rule means for what the model computes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megasora.checkpoint.save import save
 from megasora.config import load_config, to_dict
-from megasora.errors import ConfigError
+from megasora.errors import CheckpointError, ConfigError
 from megasora.init_from import Report, Source, fit_weights, is_source, open_source
+from megasora.models.dit import DiTConfig
 from megasora.models.families import build_model
+from megasora.models.interop.classes import DIT
+from megasora.models.interop.names import export_weights
 from megasora.models.packing import patchify, unpatchify
 from megasora.models.video_dit import VideoDiTConfig
 
@@ -26,7 +31,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def fit(weights: dict[str, Tensor], model: VideoDiTConfig, rules: dict[str, str]) -> tuple[dict[str, Tensor], Report]:
-    source = Source(frozenset(weights), weights.__getitem__, SMALL.patch, SMALL.channels)
+    source = Source(frozenset(weights), weights.__getitem__, SMALL)
     return fit_weights(source, model, rules)
 
 
@@ -94,6 +99,29 @@ def test_without_a_rule_it_is_refused(weights: dict[str, Tensor]) -> None:
             fit(weights, model, {})
 
 
+def test_other_heads_are_refused_and_other_settings_named(weights: dict[str, Tensor]) -> None:
+    """No shape tells of them."""
+    with pytest.raises(ConfigError, match=r"run\.init_from: 2 heads there, model\.heads=4 here"):
+        fit(weights, replace(SMALL, heads=4), {})
+    _, report = fit(weights, replace(SMALL, eps=1e-5, position="rope+sincos", preset="x", attention="sdpa"), {})
+    assert report.settings == ["position rope there, rope+sincos here", "eps 1e-06 there, 1e-05 here"]
+    wider = replace(SMALL, width=96, heads=4)  # every weight goes by its rule
+    assert fit(weights, wider, {"*": "repeat"})[1].settings == ["heads 2 there, 4 here"]
+
+
+def test_a_dit_whose_blocks_have_embedders_of_their_own_is_refused(tmp_path: Path) -> None:
+    model = DiTConfig(width=48, depth=2, heads=4, ffn=192, channels=4, classes=5)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": DIT.name, **DIT.arguments(model, (1, 4, 4))}))
+    ours = {name: torch.randn(p.shape) for name, p in build_model(model).named_parameters()}
+    theirs = {name: t.clone() for name, t in export_weights(ours, DIT.weight_map(model), model.depth).items()}
+    save_file(theirs, tmp_path / "model.safetensors")
+    assert torch.equal(open_source(tmp_path, "model/").read("label_embed.weight"), ours["label_embed.weight"])
+    theirs["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"] += 1
+    save_file(theirs, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="one embedder for all blocks"):
+        open_source(tmp_path, "model/")
+
+
 def test_sources(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     config = load_config(None, ["--model.channels=4"])
     tensors = {
@@ -102,7 +130,7 @@ def test_sources(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     path = save(tmp_path, 3, tensors, {"config": to_dict(config)})
     for i, part in enumerate(("model/", "ema/")):
         source = open_source(path, part)
-        assert (source.patch, source.channels) == ((1, 2, 2), 4)
+        assert (source.model.patch, source.model.channels) == ((1, 2, 2), 4)
         assert torch.equal(source.read("patch_embed.bias"), weights["patch_embed.bias"] + i)
     assert is_source(path)
     assert not is_source(tmp_path)

@@ -221,6 +221,24 @@ def test_fp8_passes_as_a_fake_tensor() -> None:
     assert shapes == [((5, 16), torch.bfloat16)] * 2 + [((5, 16), torch.float8_e4m3fn), ((), torch.float32)]
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_residual_keeps_y_for_its_gate_alone(gated: bool) -> None:
+    (x, y, *modulations), (sample,), _ = draw_gated_layernorm((3, 2), 16, torch.bfloat16)
+    leaves = x, y.half(), *modulations
+    kept: list[torch.dtype] = []
+    with (
+        FakeTensorMode() as mode,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.dtype), t)[1], lambda t: t),
+    ):
+        x, y, gate, scale, shift = (mode.from_tensor(t).requires_grad_() for t in leaves)
+        out, normed = gated_layernorm.gated_layernorm_triton(
+            x, y, gate if gated else None, scale, shift, mode.from_tensor(sample)
+        )
+        dx, dy = torch.autograd.grad([out, normed], [x, y], [out, normed])
+    assert kept.count(torch.float16) == gated
+    assert (dx.dtype, dy.dtype) == (torch.bfloat16, torch.float16)
+
+
 @pytest.mark.parametrize(
     "module, name, draw",
     [

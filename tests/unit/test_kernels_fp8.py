@@ -106,6 +106,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         activation_fp8.activation_fp8(torch.zeros(4, 6), torch.zeros(5), "gelu")
     with pytest.raises(ValueError, match="gelu or swiglu"):
         activation_fp8.activation_fp8(torch.zeros(4, 6), torch.zeros(6), "relu")  # type: ignore[arg-type]
+    for name, fits, width in (("gelu", 6, 3), ("swiglu", 3, 6)):
+        with pytest.raises(ValueError, match=rf"da must be \[4, {fits}\], not \[4, {width}\]"):
+            activation_fp8.activation_fp8_backward(torch.zeros(4, width), torch.zeros(4, 6), torch.zeros(6), name)
     a, b = (fp8_quantize.quantise(torch.ones(32, width), "row") for width in (32, 48))
     with pytest.raises(ValueError, match="K a multiple of 16"):
         fp8_gemm.fp8_gemm(a, b, torch.float32)

@@ -20,7 +20,7 @@ from data_pipelines.shards.storage import open_storage
 from data_pipelines.shards.tars import ShardSet
 from data_pipelines.video.files import decode
 from data_pipelines.video.write import encode_image
-from tests.clips import noise, numbered, read_number, write_clip
+from tests.clips import noise, numbered, read_number, video_bytes, write_clip
 
 
 def run(source: Path, output: Path, **options: object) -> tuple[dict, ShardSet]:
@@ -119,6 +119,20 @@ def test_parts_of_a_video_are_cut_where_the_list_says(tmp_path):
         "long-000031": ("late", list(range(31, 41))),
         "long-000041": ("late", list(range(41, 50))),
     }
+
+
+def test_hdr_and_interlaced_video_is_counted(tmp_path):
+    kinds = {
+        "pq": {"color_trc": "smpte2084"}, "hlg": {"color_trc": "arib-std-b67"}, "fields": {"flags": "+ildct+ilme"},
+        "plain": {"color_trc": "bt709"},
+    }  # fmt: skip
+    (tmp_path / "in").mkdir()
+    for name, settings in kinds.items():
+        (tmp_path / "in" / f"{name}.mp4").write_bytes(video_bytes(noise(20), settings=settings))
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    report, shards = run(tmp_path / "in", tmp_path / "out")
+    assert report["dropped"] == {"HDR": 2, "interlaced": 1}
+    assert [shards.read(i)["txt"] for i in range(len(shards))] == [b"plain"]
 
 
 def test_captions_jsonl_may_have_several_captions(tmp_path):

@@ -207,6 +207,27 @@ def test_images(tmp_path):
     assert np.abs(decode(tmp_path / "out.jpg", frames=1, height=64, width=96)[0].astype(int) - picture).mean() < 4
 
 
+def test_grey_pictures_of_16_bits_keep_their_greys(tmp_path):
+    grey = np.arange(0, 65_536, 1024, dtype=np.uint16).repeat(96).reshape(64, 96)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    found = decode(tmp_path / "grey.png", frames=1, height=64, width=96)[0]
+    assert np.array_equal(found, (grey >> 8).astype(np.uint8)[..., None].repeat(3, 2))
+    Image.fromarray(grey).save(tmp_path / "clear.png", transparency=1024)
+    found = decode(tmp_path / "clear.png", frames=1, height=64, width=96)[0]
+    assert found[:, 0, 0].tolist() == [0, 255, *range(8, 256, 4)]
+
+
+@pytest.mark.parametrize("height, matrix", [(720, "smpte170m"), (722, "bt709")])
+def test_frames_that_do_not_name_their_matrix_are_taken_by_their_size(height, matrix):
+    clip = np.full((2, height, 32, 3), (200, 40, 90), np.uint8)
+    plain, named, other = (
+        decode(video_bytes(clip, settings=settings), frames=2, height=height, width=32).astype(int)
+        for settings in ({}, {"colorspace": matrix}, {"colorspace": {"smpte170m": "bt709"}.get(matrix, "smpte170m")})
+    )
+    assert np.array_equal(plain, named)
+    assert np.abs(plain - other).mean() > 5
+
+
 def test_encode_mp4_keeps_colours_and_frames_and_gives_the_same_bytes(tmp_path):
     colours = [(200, 40, 40), (40, 180, 60), (30, 60, 200), (128, 128, 128), (250, 240, 20)]
     clip = np.stack([np.full((48, 64, 3), colour, np.uint8) for colour in colours])
