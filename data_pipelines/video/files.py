@@ -30,7 +30,7 @@ EXACT = (
     Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 )  # colours in full, on any CPU
 UNSPECIFIED = 2  # the code of ITU-T H.273 for a matrix
-LINES_601 = 720  # frames with more, if they do not say, are BT.709, as players take them
+LINES_709 = 720  # frames with so many, if they do not say, are BT.709, as players take them
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,8 @@ class Scaler:
 
 
 def matrix_of(frame: av.VideoFrame) -> Colorspace | None:
-    """BT.709 for large frames that name no matrix; None: what the frame names, or BT.601, as JPEG's frames (yuvj) always are.
-
-    Players begin with 720 lines. Untagged frames of just 720 stay BT.601 here: so the demo's were always prepared.
-    """
-    large = frame.height > LINES_601 and not frame.format.name.startswith("yuvj")
+    """BT.709 for large frames that name no matrix; None: what the frame names, or BT.601, as JPEG's frames (yuvj) always are."""
+    large = frame.height >= LINES_709 and not frame.format.name.startswith("yuvj")
     return Colorspace.ITU709 if large and frame.colorspace == UNSPECIFIED else None
 
 

@@ -329,7 +329,7 @@ def test_what_is_not_finite_is_skipped_and_recorded(road: Road) -> None:
     assert any(losses[step] is not None for step in range(skipped[0]["step"], 13))  # the weights were spared
     every = ("--stages.0.drop_captions=1", "--stages.0.steps=30")
     done = road.run("train", f"--run.dir={run}2", f"--data.path={latents}", *every, code=3)
-    assert "20 steps in a row" in done.stderr.splitlines()[-1]
+    assert "20 steps without an update" in done.stderr.splitlines()[-1]
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_built(road: Road) -> None:
