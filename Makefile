@@ -17,6 +17,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
+export WANDB_CACHE_DIR ?= $(CURDIR)/.cache/wandb
 
 .PHONY: help setup demo test test-all lint dist clean
 

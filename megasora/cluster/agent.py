@@ -6,6 +6,7 @@ first, waits a moment for the workers that fail of the same cause, and only then
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from megasora.errors import CheckpointError, ConfigError, StoppedEarly
 STOPPED_EARLY = StoppedEarly.exit_code
 VERDICTS = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
 TOLD_BY_WORKER = (0, 1, *VERDICTS, STOPPED_EARLY)  # with these codes a worker has printed a message of its own
+
+PREFIX = "megasora-"  # of the directories of heartbeats
 
 # Seconds that are granted:
 SETTLE = 2.0  # to all workers after a failure: those that fail of the same cause may end later than the first
@@ -117,9 +120,8 @@ class Agent(LocalElasticAgent):
         self.stalled = False  # here or on another node
         self.beats: list[Beat] = []
         self.board = _Board(worker_group.store, worker_group.group_rank or 0, self.nnodes)
-        # A directory of a random name there, for this user alone.
-        shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nosec B108
-        self.heartbeats = tempfile.TemporaryDirectory(prefix="megasora-", dir=shm)
+        sweep_heartbeats()
+        self.heartbeats = tempfile.TemporaryDirectory(prefix=PREFIX, dir=memory_directory())
         os.environ[DIRECTORY] = self.output.errors = self.heartbeats.name
         pids = super()._start_workers(worker_group)
         self.crew.pids = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
@@ -269,6 +271,19 @@ class _InheritedOutput(LogsSpecs):
     @property
     def root_log_dir(self) -> str:
         return os.devnull
+
+
+def memory_directory() -> str:
+    """Where heartbeats lie, in a directory of a random name that is for this user alone."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()  # nosec B108
+
+
+def sweep_heartbeats(seconds: float = 3600.0) -> None:
+    """Removes those of this user's launchers that were killed: nobody has written there for so long."""
+    for old in Path(memory_directory()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if old.stat().st_uid == os.getuid() and time.time() - old.stat().st_mtime > seconds:
+                shutil.rmtree(old)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from megasora_kernels.flash_cpu import CannotBuild, cannot_run, flash_cpu, libra
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megasora.device import on_gpu
 from megasora.errors import ConfigError
 from megasora.models.flash import CAPABILITY, FLASH, HOW, MODULES, VARLEN, Flash, lacks
 from megasora.models.packing import Order, Segments, Windows
@@ -27,9 +28,9 @@ NAMES = ("auto", "sdpa", "cpu", "flash4", "flash3", "flash2", "te", "cudnn", "tr
 # On a GPU, before torch's own. Only torch's and cuDNN's have been measured.
 PREFERRED = ("flash3", "flash4", "flash2", "te")
 # Flash attention's backward sums dq in fp32 [n, up(L, 128), N, up(K, 32)]: tens of thousands of short sequences fill the memory,
-# and illegal accesses are reported beyond 2^31 numbers. By device: how many one call may take; what is not here has no limit.
-SUMS_MAX = {"cuda": 1 << 28}
-SEQUENCES_MAX = 65_535  # of one call there: the second and third axis of a launch have no more
+# and illegal accesses are reported beyond 2^31 numbers. How many one call may take on a GPU:
+SUMS_MAX = 1 << 28
+SEQUENCES_MAX = 65_535  # of one call: the second and third axis of a launch have no more
 
 log = logging.getLogger("megasora")
 
@@ -153,9 +154,9 @@ def alike(q: Tensor, spans: Iterable[Span], apart: bool) -> Iterator[tuple[int, 
 
 def at_once(q: Tensor, length: int) -> int:
     """How many sequences of so many queries one call takes, of heads as in q [..., N, K]."""
-    if q.device.type not in SUMS_MAX:
+    if not on_gpu(q.device):
         return sys.maxsize
-    return max(1, min(SEQUENCES_MAX, SUMS_MAX[q.device.type] // (-(-length // 128) * 128 * sums_of_token(q))))
+    return max(1, min(SEQUENCES_MAX, SUMS_MAX // (-(-length // 128) * 128 * sums_of_token(q))))
 
 
 def sums_of_token(q: Tensor) -> int:
@@ -165,7 +166,7 @@ def sums_of_token(q: Tensor) -> int:
 
 def lone(q: Tensor, length: int, width: int) -> bool:
     """Whether a token sees one key where calls have limits: its answer needs none."""
-    return length == width == 1 and q.device.type in SUMS_MAX
+    return length == width == 1 and on_gpu(q.device)
 
 
 def answer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def varlen_attention(name: str, q: Tensor, k: Tensor, v: Tensor, queries: Segmen
 def varlen_calls(q: Tensor, queries: Segments, keys: Segments) -> Iterator[tuple[int, int]]:
     """Of each call the first segment and the end: lone tokens go apart, of others as many as a call takes, padded by up to 128
     tokens each."""
-    most, token = SUMS_MAX.get(q.device.type, sys.maxsize), sums_of_token(q)
+    most, token = SUMS_MAX if on_gpu(q.device) else sys.maxsize, sums_of_token(q)
     first, taken, before = 0, 0, False
     for i, (length, width) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
         sums, alone = (length + 128) * token, lone(q, length, width)

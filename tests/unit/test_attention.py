@@ -133,7 +133,8 @@ def test_rows_of_many_segments_go_in_calls_of_bounded_size(
     ways = (eager, as_operator(eager), partial(varlen_attention, "watched"))
     expected = [[found(attend, row) for row in rows] for attend in ways]
     sizes.clear()
-    monkeypatch.setitem(attention.SUMS_MAX, "cpu", bound)
+    monkeypatch.setattr(attention, "on_gpu", lambda _: True)
+    monkeypatch.setattr(attention, "SUMS_MAX", bound)
     monkeypatch.setattr(attention, "SEQUENCES_MAX", most)
     for attend, known in zip(ways, expected, strict=True):
         for row, parts in zip(rows, known, strict=True):

@@ -1,6 +1,7 @@
 """What the boards get, read back by their own readers, and that a run does without one that fails."""
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def test_weights_and_biases_offline(tmp_path: Path) -> None:
     run = tmp_path / "a-run"
     run.mkdir()
     for steps in ((1, 2), (2, 3)):
+        time.sleep(1)  # wandb names a directory by the second
         journal = Journal(run)
         journal.open_board(lambda: WeightsAndBiases(run, "offline", "tests", SETTINGS))
         for step in steps:

@@ -134,7 +134,7 @@ def decode_all(sources: list[bytes], count: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "early, late", [(500, 2000), pytest.param(2000, 10_000, marks=pytest.mark.long)], ids=["short", "long"]
+    "early, late", [(1500, 3000), pytest.param(2000, 10_000, marks=pytest.mark.long)], ids=["short", "long"]
 )
 def test_peak_memory_of_a_worker_does_not_grow(early, late):
     with WorkerPool(1) as pool:

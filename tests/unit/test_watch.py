@@ -17,6 +17,7 @@ import torch
 from megasora.checkpoint.fence import is_requeued
 from megasora.cli import main
 from megasora.cluster import doctor
+from megasora.cluster.agent import sweep_heartbeats
 from megasora.cluster.doctor import Finding, Limits, examine, gpu_findings, site_check
 from megasora.cluster.goodput import PARTS, goodput
 from megasora.cluster.heartbeat import Beat, Heartbeat, heartbeat, read_beats, verdict
@@ -289,3 +290,12 @@ def test_doctor_names_the_node_and_exits_1(capsys: pytest.CaptureFixture[str], m
     assert report["nodes"]["n7"]["fit"] is False
     assert said.err.startswith("megasora: not fit: n7: cpus ")
     assert main(["doctor", "--cpu", "1"]) == 2
+
+
+def test_what_killed_launchers_leave_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megasora.cluster.agent.memory_directory", lambda: str(tmp_path))
+    for name, age in (("megasora-dead", 4000), ("megasora-live", 5), ("other", 4000)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    sweep_heartbeats()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megasora-live", "other"]
