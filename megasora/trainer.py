@@ -208,17 +208,16 @@ class Trainer:
         """Weights and optimizer of this run's newest checkpoint; the order of the data goes on where it is."""
         self.beat.enter(self.step + 1, "start")
         if self.saver.step is not None:
-            self.finish_save()
-        path = self.good
-        if path is None or verify(path):
+            self.finish_save(copy=False)
+        if self.good is None or verify(self.good):
             log.warning("no good checkpoint to roll back to: the step is skipped")
             return
-        load_from(path, self.engine)
-        facts = read_facts(path)
+        load_from(self.good, self.engine)
+        facts = read_facts(self.good)
         first = next(segment.stage_first for segment in self.segments if self.step < segment.end)
         if self.watch.recent and facts["step"] > first:  # else what was of late then is no measure now
             self.watch = SpikeWatch(self.config.spikes, facts.get("recent", []), self.watch.in_a_row)
-        self.event("rollback", step=self.step + 1, to=facts["step"], path=str(path))
+        self.event("rollback", step=self.step + 1, to=facts["step"], path=str(self.good))
         log.warning("rolled back to the weights of step %d", facts["step"])
 
     def next_batch(self, batches: Iterator[StepBatch], segment: int) -> tuple[StepBatch, bool]:

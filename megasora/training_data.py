@@ -154,11 +154,9 @@ def settle_replacements(
     """Of what all ranks had to replace, one replacement a position; and, where ranks that share a row did not read the same
     sample (a disk of one node failed), what they read. `own`: each rank's keys by position."""
     settled = {one.position: one for of_rank in reversed(found) for one in of_rank}
-    for position in sorted(settled):
-        read = sorted({keys[position] for keys in own if position in keys})
-        if len(read) > 1:
-            return [settled[n] for n in sorted(settled)], f"ranks that share a row read {' and '.join(read)}"
-    return [settled[n] for n in sorted(settled)], ""
+    read = [{keys[position] for keys in own if position in keys} for position in sorted(settled)]
+    quarrel = next((f"ranks that share a row read {' and '.join(sorted(keys))}" for keys in read if len(keys) > 1), "")
+    return [settled[position] for position in sorted(settled)], quarrel
 
 
 def meeting(layout: Layout) -> Meet:

@@ -73,7 +73,7 @@ class Saver:
         self._copies: dict[MetadataIndex, torch.Tensor] = {}
         self._cost = self._durable_cost = 0.0  # seconds that the last save and the last copy took
         self._last = time.monotonic()
-        self._durable_last, self._durable_step = -math.inf, 0
+        self._durable_last, self._durable_step, self._copying_since = -math.inf, 0, 0.0
 
     @property
     def step(self) -> int | None:
@@ -135,6 +135,7 @@ class Saver:
                 self._last = time.monotonic()  # the next one has to wait its time, too
                 return None
             saved, self._flight, self._copying = flight.near, None, flight
+            self._copying_since = time.monotonic()
             assert saved is not None
         else:
             saved = self._landed(flight)
@@ -184,6 +185,9 @@ class Saver:
         return Ranks(dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.timeout)))
 
     def _durable_due(self, step: int) -> bool:
+        """While another copy goes on none is due, until that one is so late that its failure has to be told."""
+        if self._copying is not None:
+            return time.monotonic() - self._copying_since >= self.config.timeout
         if self.config.durable_every:
             return step - self._durable_step >= self.config.durable_every
         return time.monotonic() - self._durable_last >= self.interval(self._durable_cost)

@@ -278,8 +278,8 @@ def memory_directory() -> str:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()  # nosec B108
 
 
-def sweep_heartbeats(seconds: float = 3600.0) -> None:
-    """Removes those of this user's launchers that were killed: nobody has written there for so long."""
+def sweep_heartbeats(seconds: float = 86400.0) -> None:
+    """Removes those of this user's launchers that were killed: nobody has written there for so long, nor was suspended."""
     for old in Path(memory_directory()).glob(f"{PREFIX}*"):
         with suppress(OSError):
             if old.stat().st_uid == os.getuid() and time.time() - old.stat().st_mtime > seconds:

@@ -100,7 +100,7 @@ def sample(config: Config) -> list[Path]:
 
 def default_directory(config: Config, step: int) -> Path:
     """A name of its own for each way to ask: what is asked for later replaces neither that nor the run's own samples."""
-    asked = xxhash.xxh3_64_hexdigest(repr(config.sample).encode())[:8]
+    asked = xxhash.xxh3_64_hexdigest(repr((config.sample, config.precision.precision)).encode())[:8]
     return Path(config.run.dir) / "samples" / f"step-{step:08d}-{asked}"
 
 

@@ -235,22 +235,25 @@ def test_copies_are_made_whatever_the_steps_of_the_saves_are(tmp_path: Path) -> 
 def test_a_copy_that_hangs_delays_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr("megasora.checkpoint.durable.copy_file", lambda *args: (gate.wait(), copy_file(*args)))
-    made = saver(tmp_path / "near", keep_last=1, durable=str(tmp_path / "far"), durable_every=1)
+    made = saver(tmp_path / "near", keep_last=1, durable=str(tmp_path / "far"), durable_every=1, timeout=1.0)
     made.start(1, make(1), {})
     first = made.finish(copy=False)
     assert first is not None
     assert (first.step, first.durable, made.step) == (1, None, None)
     made.start(2, make(2), {})
+    assert done(made).durable_failure == ""  # it is slow, as far as one can tell
+    time.sleep(1)
+    made.start(3, make(3), {})
     assert "the copy of step 1 still goes on" in done(made).durable_failure
-    assert [info.step for info in list_checkpoints(tmp_path / "near")] == [1, 2]  # what is being copied stays
+    assert [info.step for info in list_checkpoints(tmp_path / "near")] == [1, 3]  # what is being copied stays
     assert made.copied() is None
     gate.set()
     while (copied := made.copied()) is None:
         time.sleep(0.01)
     assert (copied.step, copied.durable) == (1, tmp_path / "far/step-00000001")
-    made.start(3, make(3), {})
-    assert done(made).durable == tmp_path / "far/step-00000003"
-    assert [info.step for info in list_checkpoints(tmp_path / "near")] == [3]
+    made.start(4, make(4), {})
+    assert done(made).durable == tmp_path / "far/step-00000004"
+    assert [info.step for info in list_checkpoints(tmp_path / "near")] == [4]
 
 
 def test_whoever_has_no_time_waits_for_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

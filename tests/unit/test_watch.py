@@ -294,8 +294,8 @@ def test_doctor_names_the_node_and_exits_1(capsys: pytest.CaptureFixture[str], m
 
 def test_what_killed_launchers_leave_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megasora.cluster.agent.memory_directory", lambda: str(tmp_path))
-    for name, age in (("megasora-dead", 4000), ("megasora-live", 5), ("other", 4000)):
+    for name, age in (("megasora-dead", 90_000), ("megasora-suspended", 4000), ("other", 90_000)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     sweep_heartbeats()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["megasora-live", "other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megasora-suspended", "other"]
