@@ -87,9 +87,8 @@ def of_state(job: Job, parameters: list[Parameter], N: int) -> float:
         times = 2 * job.rows if zero == 3 else 1
         gathered = in_blocks * job.width_bytes + (here - 4 * in_blocks)
         sent += part(shards) * (times * gathered + here) + 2 * part(N // shards) * here / shards
-    if (
-        job.optim.name == "muon"
-    ):  # wants matrices whole, wherever they are divided, and hands round what one rank made of each
+    # Muon wants matrices whole, wherever they are divided, and hands round what one rank made of each.
+    if job.optim.name == "muon":
         for p in parameters:
             if p.is_hidden_matrix:
                 ways = shards * (tp if p.split is not None else 1)

@@ -28,6 +28,8 @@ from megasora.observe.spikes import SpikeConfig
 from megasora.parallel.layout import ParallelConfig
 from megasora.vae_training import TrainVAEConfig
 
+InitRule = Literal["repeat", "inflate", "zero", "new"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -35,16 +37,10 @@ class RunConfig:
 
     dir: str = "runs/default"  # checkpoints, metrics, samples, logs
     seed: int = 0  # all randomness follows from it and from positions
-    steps: int | None = (
-        None  # stop after so many steps (default: the stages' own); the last stage goes on if they are fewer
-    )
+    steps: int | None = None  # stop after so many (default: the stages' own); if those are fewer, the last goes on
     resume: str = "auto"  # auto: the newest good checkpoint; none: refuse a directory with checkpoints; or a PATH
-    init_from: str = (
-        ""  # a checkpoint or a diffusers directory whose weights are taken, when there is none to resume from
-    )
-    init_rules: dict[str, Literal["repeat", "inflate", "zero", "new"]] = field(
-        default_factory=dict
-    )  # name or pattern -> how a weight of it that does not fit is made to
+    init_from: str = ""  # a checkpoint or diffusers directory whose weights are taken where none is there to resume
+    init_rules: dict[str, InitRule] = field(default_factory=dict)  # pattern -> how a weight that does not fit is made
     allow_change: tuple[str, ...] = ()  # keys that may differ from the checkpoint's config, `data` for the data itself
     determinism: Literal["replay", "bitwise"] = "replay"  # bitwise: torch's deterministic kernels, too
 
@@ -65,9 +61,7 @@ class Stage:
     lr: float | None = None  # peak; default optim.lr
     shift: float = 1.0  # of the timesteps, towards noise
     drop_captions: float = 0.1  # share of samples trained without caption or class, for guidance; not a classifier's
-    tasks: dict[str, float] = field(
-        default_factory=lambda: {"text": 1.0}
-    )  # shares: text, image, first_last, extend, ...
+    tasks: dict[str, float] = field(default_factory=lambda: {"text": 1.0})  # shares: text, image, extend, ...
     buckets: BucketConfig = field(default_factory=BucketConfig)
 
     def __post_init__(self) -> None:
@@ -210,9 +204,7 @@ class ObserveConfig:
 
     every: int = 10
     tensorboard: bool = True  # in run.dir/tb
-    wandb: Literal["off", "offline", "online"] = (
-        "off"  # Weights & Biases, too; offline: in run.dir/wandb, to be sent with `wandb sync`
-    )
+    wandb: Literal["off", "offline", "online"] = "off"  # offline: into run.dir/wandb, which `wandb sync` sends
     wandb_project: str = "megasora"
 
     def __post_init__(self) -> None:

@@ -50,9 +50,8 @@ Texts = list[tuple[Tensor, Tensor]]  # [M, E] and pooled [V] of each caption
 class Encoders:
     """What turns samples into latents. `manifest` says which encoders these are: latents of others are stale."""
 
-    video: Callable[
-        [Iterable[np.ndarray]], Iterator[Moments]
-    ]  # pieces uint8 [B, T, H, W, 3] -> [B, C, T', H', W'] each
+    # Pieces uint8 [B, T, H, W, 3] -> [B, C, T', H', W'] each
+    video: Callable[[Iterable[np.ndarray]], Iterator[Moments]]
     text: Callable[[list[str]], Texts]
     temporal_compression: int
     dtype: torch.dtype  # of the latents on disk

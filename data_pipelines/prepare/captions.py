@@ -157,10 +157,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             _check_columns(path, rows.fieldnames or [])
             for number, row in enumerate(rows, 1):
-                yield (
-                    number,
-                    row if None not in row and _is_utf8(row) else None,
-                )  # None: of cells beyond the last column
+                # A key None holds the cells beyond the last column.
+                yield (number, row if None not in row and _is_utf8(row) else None)
         except csv.Error as error:
             raise DataError(f"{path}: no CSV ({error})") from None
 

@@ -18,10 +18,8 @@ from data_pipelines.video.files import Scaler, is_image, load_image
 from data_pipelines.video.reader import Undecodable, VideoReader
 from data_pipelines.video.write import Mp4Writer, encode_image
 
-THUMBNAIL = (
-    36,
-    64,
-)  # pixels, height and width, of the pictures in which shot changes are looked for and motion measured
+# Pixels, height and width, of the pictures in which shot changes are looked for and motion measured.
+THUMBNAIL = (36, 64)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ node: the order of samples keeps to a window of shards, so neighbours of a sampl
 """
 
 import fcntl
+import logging
 import mmap
 import os
 import threading
@@ -25,6 +26,7 @@ from data_pipelines.errors import DataError, MissingData
 from data_pipelines.names import is_safe
 
 T = TypeVar("T")
+log = logging.getLogger("megasora.storage")
 
 PAUSES = (0.1, 0.4, 1.6, 6.0, 15.0, 30.0, 30.0, 40.0)  # seconds between the tries of a read: storage has its moods
 FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # answers, not moods
@@ -149,13 +151,16 @@ class _Mapped:
         return memoryview(self._mapping)[offset:end]
 
 
-def _retried(read: Callable[[], T], pauses: tuple[float, ...] | None = None) -> T:
-    for pause in PAUSES if pauses is None else pauses:
+def _retried(read: Callable[[], T], told: str = "") -> T:
+    """`told`: what to say after the first failure, to somebody who may have mistaken the address."""
+    for number, pause in enumerate(PAUSES):
         try:
             return read()
         except FINAL:
             raise
-        except OSError:
+        except OSError as error:
+            if told and number == 0:
+                log.warning("%s: %s", told, error)
             time.sleep(pause)
     return read()
 
@@ -176,7 +181,7 @@ class Remote:
                 return list(self._files.ls(self._root, detail=True))
 
         try:
-            found = _retried(look, PAUSES[:3])  # nothing is lost yet, and a wrong address should be told soon
+            found = _retried(look, f"{self.address} does not answer, tried again for {sum(PAUSES) / 60:.0f} minutes")
         except OSError as error:
             raise DataError(f"{self.address}: {error}") from None
         names = []

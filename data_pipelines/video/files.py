@@ -26,9 +26,8 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif"}
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-EXACT = (
-    Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-)  # colours in full, on any CPU
+# Colours in full, on any CPU.
+EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 UNSPECIFIED = 2  # the code of ITU-T H.273 for a matrix
 LINES_709 = 720  # frames with so many, if they do not say, are BT.709, as players take them
 

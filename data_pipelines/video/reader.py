@@ -24,14 +24,12 @@ PIXELS_MAX = 1 << 26
 
 # Playlist formats (HLS, concat, DASH) are left out on purpose: they make FFmpeg open other files and addresses.
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,h264,hevc,ivf,yuv4mpegpipe"
-SEEKABLE = frozenset(
-    {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-)  # they have a table of key frames, and all frames a time
+# Containers with a table of key frames, and a time for each frame.
+SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 FRAME_IN_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "dav1d"})  # decoders that give one for each
 REORDERED = 32  # no decoder gives a frame so many packets late
-BOXES = frozenset(
-    {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"}
-)  # of MP4, with tables somewhere inside
+# Boxes of MP4 with tables somewhere inside.
+BOXES = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
 BOXES_MAX = 1_000_000
 SLACK = Fraction(1, 1000)  # seconds
 HDR = (16, 18)  # the codes of ITU-T H.273 for transfer by PQ and HLG
@@ -300,9 +298,8 @@ class VideoReader:
         """At least so many packets are there if the file is whole; 0 where its header does not say."""
         if self._stream.frames:
             return self._stream.frames
-        if (
-            self._container.duration is None or len(self._container.streams) > 1
-        ):  # the sound may be what lasts that long
+        # With a second stream, the sound may be what lasts that long.
+        if self._container.duration is None or len(self._container.streams) > 1:
             return 0
         return 0.95 * self._container.duration / av.time_base * self.fps
 

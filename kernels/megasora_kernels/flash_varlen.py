@@ -149,9 +149,8 @@ def _keys_kernel(
             grad = _tile(dout, first_q, other, length, heads, head_width, block_channels)
             at = (first_q + other).to(tl.int64) * heads + tl.program_id(1)
             sums = tl.load(lse + at, mask=other < length, other=float("inf")) * 1.4426950408889634
-            weight = tl.exp2(
-                tl.dot(keys, queries.T) * scale - sums[None, :]
-            )  # [keys, queries], zero beyond the queries
+            # [keys, queries], zero beyond the queries.
+            weight = tl.exp2(tl.dot(keys, queries.T) * scale - sums[None, :])
             of_values = tl.dot(weight.to(grad.dtype), grad, of_values)
             along = tl.load(delta + at, mask=other < length, other=0.0)
             of_score = weight * (tl.dot(values, grad.T) - along[None, :])

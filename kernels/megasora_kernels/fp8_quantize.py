@@ -63,9 +63,8 @@ def quantise_reference(x: Tensor, scaling: Scaling, dtype: torch.dtype = torch.f
     padded = F.pad(x.float(), (0, -N % columns, 0, -M % rows))
     groups = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [groups, rows, groups, columns]
     amax = groups.abs().amax((1, 3), keepdim=True).clamp(min=TINY)
-    most = torch.full_like(
-        amax, largest
-    )  # a tensor: dividing by a number multiplies by its reciprocal on a GPU, rounded twice
+    # A tensor: dividing by a number multiplies by its reciprocal on a GPU, rounded twice.
+    most = torch.full_like(amax, largest)
     factor = most / amax
     data = (groups * factor).clamp(-largest, largest).to(dtype)
     scale = (amax / most).squeeze((1, 3))

@@ -254,8 +254,6 @@ def write_universal(
         "global_samples": 0, "skipped_steps": 0, "ds_config": {}, "ds_version": VERSION, "facts": facts,
         INFO: universal_info(dims),
     }  # fmt: skip
-    for name in (
-        "mp_rank_00_model_states.pt",
-        "zero_pp_rank_0_mp_rank_00_model_states.pt",
-    ):  # zero3 asks for the second
+    # ZeRO 3 asks for the second.
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         save(name, given)

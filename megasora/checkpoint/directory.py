@@ -43,9 +43,7 @@ class CheckpointConfig:
     keep_every: int = 0  # and those whose step is a multiple of this; 0: none
     keep_best: int = 0  # and so many with the lowest evaluation loss (eval.loss_every)
     background: bool = True  # written while training goes on; needs memory of the host for a copy
-    timeout: float = (
-        1800.0  # seconds that training waits for a save in flight; a copy that takes longer counts as failed
-    )
+    timeout: float = 1800.0  # seconds training waits for a save in flight; a copy that takes longer has failed
     durable: str = ""  # where some are copied to as well: another directory, or an address such as s3://bucket/run
     durable_every: int = 0  # steps between two of those, at least; 0: by failure_hours and the time that a copy takes
     failure_hours: float = 12.0  # between two failures of the job, about: for intervals that are not given

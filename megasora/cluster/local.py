@@ -73,14 +73,12 @@ def launch_local(
     if nnodes == 1:
         rdzv_endpoint, local_addr = "127.0.0.1:0", "127.0.0.1"
     if local_addr and (interface := _interface_of(local_addr)):
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", interface
-        )  # gloo would look up the host's name, which need not resolve
+        # Gloo would look up the host's name, which need not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     parameters = _rendezvous_parameters(rdzv_endpoint, rdzv_id, nnodes, local_addr)
-    os.environ["MEGASORA_LAUNCHER"] = (
-        f"{node_name()}-{os.getpid()}-{process_start():.2f}"  # the run's fence asks for it
-    )
+    # The run's fence asks for it.
+    os.environ["MEGASORA_LAUNCHER"] = f"{node_name()}-{os.getpid()}-{process_start():.2f}"
     _silence_torchrun()
     crew = Crew()
 

@@ -32,9 +32,7 @@ class GaussianConfig:
     steps: int = 1000
     schedule: Literal["linear", "cosine"] = "linear"
     prediction: Prediction = "noise"  # velocity is sqrt(ā)·noise - sqrt(1 - ā)·data (Salimans and Ho 2022)
-    variance: Variance = (
-        "fixed_small"  # small: of the posterior; large: beta; learned_range: between them, by the model
-    )
+    variance: Variance = "fixed_small"  # small: of the posterior; large: beta; learned_range: between, by the model
     vlb_weight: float = 0.001  # of the variational bound that the learned variance is trained by
     min_snr_gamma: float = 0.0  # caps the weight of little noise (Hang et al. 2023, who take 5); 0 is off
 

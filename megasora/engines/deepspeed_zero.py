@@ -245,9 +245,8 @@ class DeepSpeedZero:
         """The norm of the weights only."""
         squares = torch.zeros((), dtype=torch.float32, device=self.processes.device)
         for name, fragment in self.fragments.items():
-            apart = (
-                name in self.splits or self.processes.place["tp"] == 0
-            )  # of what tensor groups have whole, one counts
+            # What all ranks of a tensor group have whole counts once.
+            apart = name in self.splits or self.processes.place["tp"] == 0
             if fragment is not None and apart and (self.stage or self.mpu.get_data_parallel_rank() == 0):
                 squares += fragment.of(fragment.flat).float().norm().square().to(squares.device)
         dist.all_reduce(squares)

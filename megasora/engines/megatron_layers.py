@@ -38,9 +38,8 @@ def lowered(product: Callable[..., Tensor], x: Tensor, weight: Tensor, **options
 class Column(ColumnParallelLinear):
     """[L/tp, D], or tokens that every rank has anyway -> [L, outputs/tp]."""
 
-    get_extra_state = (
-        nn.Module.get_extra_state
-    )  # none: a `None` in its place would be a tensor to DeepSpeed's converter
+    # No extra state: a `None` in its place would be a tensor to DeepSpeed's converter.
+    get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *_: Any, **options: Any) -> Tensor:

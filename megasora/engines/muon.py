@@ -41,9 +41,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         ranks = 1 if self.group is None else self.group.size()
         for group in self.param_groups:
-            costly_first = sorted(
-                group["params"], key=lambda p: -p.numel() * min(p.shape)
-            )  # so those of a round are alike
+            # So that those of a round cost alike.
+            costly_first = sorted(group["params"], key=lambda p: -p.numel() * min(p.shape))
             for begin in range(0, len(costly_first), ranks):
                 parameters = costly_first[begin : begin + ranks]
                 for parameter, update in zip(parameters, self._updates(parameters, group["momentum"]), strict=True):

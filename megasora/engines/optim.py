@@ -20,9 +20,7 @@ class OptimConfig:
     descent, is there to compare updates by: Adam hides a wrong scale."""
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
-    fused: Fused = (
-        "torch"  # whose AdamW kernels: torch's own, apex's or TransformerEngine's (te), where those are installed
-    )
+    fused: Fused = "torch"  # whose AdamW kernels: torch's own, apex's or TransformerEngine's (te), if installed
     lr: float = 1e-4  # the peak; a stage may have its own
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8

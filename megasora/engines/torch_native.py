@@ -260,9 +260,8 @@ class TorchNative:
         place, layout = self.processes.place, self.processes.layout
         first_of_tensor_group = place["tp"] == 0 or is_split(self.parameters[name])
         first_stage = place["pp"] == 0 or self.pipeline is None or name not in self.pipeline.stages.shared
-        apart = {0: ("dp_replicate", "dp_shard", "cp"), 1: ()}.get(
-            layout.zero, ("dp_replicate",)
-        )  # with the same gradient
+        # The dimensions whose ranks hold the same gradient.
+        apart = {0: ("dp_replicate", "dp_shard", "cp"), 1: ()}.get(layout.zero, ("dp_replicate",))
         first_replica = not any(place[axis] for axis in apart)
         return first_of_tensor_group and first_stage and first_replica
 

@@ -26,9 +26,7 @@ class ModelConfig:
     heads: int = 4
     channels: int = 16  # of the latent
     patch: Patch = (1, 2, 2)  # frames, rows and columns of the latent that make a token
-    learn_sigma: bool = (
-        False  # gives each value's variance too, for objective=gaussian with gaussian.variance=learned_range
-    )
+    learn_sigma: bool = False  # each value's variance too: objective=gaussian with gaussian.variance=learned_range
     text_width: int = 0  # of the text encoder's embeddings
     pooled_width: int = 0  # of its pooled vector
     classes: int = 0  # that samples are labelled with

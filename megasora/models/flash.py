@@ -339,14 +339,8 @@ MODULES: dict[str, tuple[str, ...]] = {  # what each needs
     "te": ("transformer_engine.pytorch",),
     "triton": ("triton",),
 }
-CAPABILITY = {
-    "flash2": 80,
-    "flash3": 90,
-    "flash4": 90,
-    "te": 80,
-    "triton": 80,
-    "cudnn": 80,
-}  # compute capability, tens and ones
+# The least compute capability, tens and ones.
+CAPABILITY = {"flash2": 80, "flash3": 90, "flash4": 90, "te": 80, "triton": 80, "cudnn": 80}
 HOW = {
     "flash2": "pip install 'megasora[gpu]'",
     "flash3": "from the folder hopper of flash-attn's source",

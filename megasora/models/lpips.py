@@ -71,7 +71,6 @@ class LPIPS(nn.Module):
         found = []
         for begin, end in pairwise(ENDS):
             x = self.features[begin:end](x)  # [B·T, C, H, W]
-            found.append(
-                x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt()
-            )  # inside: no gradient is infinite at zero
+            # 1e-20 inside the root: no gradient is infinite at zero.
+            found.append(x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt())
         return found

@@ -187,9 +187,8 @@ class SingleBlock(nn.Module):
         y = layernorm_modulate(x, scale, shift, joint.owner, self.eps)  # [M + L, D]
         q, k, v = (joint.enter(part) for part in self.qkv(y, setting.rotation))  # [J, N, K]
         seen = joint.leave(setting.attention(q, k, v, joint.samples, joint.samples))  # [M + L, N, K]
-        hidden = nn.functional.gelu(self.mlp(y), approximate="tanh").unflatten(
-            -1, (seen.shape[1], -1)
-        )  # [M + L, N, ffn/N]
+        # [M + L, N, ffn/N]
+        hidden = nn.functional.gelu(self.mlp(y), approximate="tanh").unflatten(-1, (seen.shape[1], -1))
         y = self.out(torch.cat([seen, hidden], dim=-1).flatten(-2))  # [M + L, D]
         return gated(x, y, gate, joint.owner)
 

@@ -64,9 +64,10 @@ STDIT3_XL = STDiTConfig(width=1152, depth=28, heads=16, ffn=4608, channels=4, le
 PRESETS: dict[str, STDiTConfig] = {
     "STDiT3-XL/2": STDIT3_XL,  # of Open-Sora 1.2
     "STDiT3-3B/2": replace(STDIT3_XL, width=1872, heads=26, ffn=7488),
+    # maxin-cn/Latte-1
     "Latte-XL/2-T2V": replace(
         STDIT3_XL, qk_norm=False, time_position="sincos", time_text=False, fps_condition=False, area_scale=False
-    ),  # maxin-cn/Latte-1
+    ),
 }
 
 

@@ -39,9 +39,7 @@ class VideoDiTConfig(ModelConfig):
     family: Literal["video_dit"] = "video_dit"
     ffn: int = 1024
     text_width: int = 128
-    position: Literal["rope", "rope+sincos"] = (
-        "rope"  # sincos tells small models where a patch is, not only how far apart
-    )
+    position: Literal["rope", "rope+sincos"] = "rope"  # sincos tells small models where a patch is, not only how far
     temporal: Literal["full", "chunk_causal"] = "full"
     chunk: int = 4  # frames that see each other in chunk_causal
     window: int = 0  # chunks before its own that a chunk sees; 0: all

@@ -7,9 +7,7 @@ from itertools import combinations
 from statistics import median
 
 WINDOW = 6  # steps that are looked at for a trend
-AGREEING = (
-    12  # of the 15 pairs of them: as many or more that go one way are a trend (by chance alone, in 14 % of cases)
-)
+AGREEING = 12  # of their 15 pairs: as many or more that go one way are a trend (by chance alone, in 14 % of cases)
 DRIFT = 0.02  # a trend that changes less than this is none
 CONFIDENCE = 0.95
 

@@ -13,10 +13,8 @@ from data_pipelines.video.reader import Undecodable
 from megasora.errors import ConfigError
 
 CLIP_FRAMES = 8  # of a video, evenly spaced
-MEAN, DEVIATION = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # CLIP's, of pixels in [0, 1]
+# CLIP's, of pixels in [0, 1]
+MEAN, DEVIATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 @torch.no_grad()

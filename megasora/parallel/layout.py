@@ -19,13 +19,9 @@ class ParallelConfig:
     everything (`recompute=none`), what was dear to compute (selective), what entered them (full, or of every K-th: everyK), or as
     much as `memory` allows (auto)."""
 
-    layout: str = (
-        "auto"  # dpN,zero2, or terms whose numbers multiply to the processes: dp4 hsdp2x4 tp2 cp4x2 pp2; zero0 to zero3
-    )
+    layout: str = "auto"  # dpN,zero2; or factors of the processes: dp4 hsdp2x4 tp2 cp4x2 pp2, and zero0 to zero3
     recompute: str = "none"  # none, auto, selective, full, or everyK: of every K-th block
-    memory: float = (
-        0.0  # GiB of a device that recompute=auto may fill; 0: all that it has, and on a CPU as much as is wanted
-    )
+    memory: float = 0.0  # GiB of a device that recompute=auto may fill; 0: all it has, on a CPU as much as is wanted
     offload: bool = False  # what blocks keep waits in the host's memory
     plan_check: Literal["refuse", "warn", "off"] = "refuse"  # what `train` does with what cannot fit
     compile: bool = False  # blocks by torch.compile

@@ -31,9 +31,8 @@ class Place:
     index: int
     count: int
     name: str  # of the schedule
-    forward: tuple[
-        dist.ProcessGroup, ...
-    ]  # of links from even places, from odd ones, and where there is one the closing link
+    # Groups of the links from even places, from odd ones, and where there is one the closing link.
+    forward: tuple[dist.ProcessGroup, ...]
     backward: tuple[dist.ProcessGroup, ...]
 
     @property

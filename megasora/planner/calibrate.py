@@ -39,15 +39,14 @@ class Run:
 
 def calibrate(files: Sequence[Path], text_tokens: int, firmness: float = FIRMNESS) -> tuple[Device, list[Run]]:
     """The device of some reports with the efficiencies at which predictions agree with them best. `text_tokens`: of a synthetic
-    caption of `bench`. Raises ConfigError for a file that is no report, and for reports of different devices."""
+    caption of `bench`. Raises ConfigError for a file that is no report, and for reports of different or unknown devices."""
     raw = [read_report(file) for file in files]
-    device = device_of(raw[0])
+    device = device_of(files[0], raw[0])
     for file, report in zip(files, raw, strict=True):
-        if device_of(report).name != device.name:
+        if device_of(file, report).name != device.name:
             raise ConfigError(f"--calibrate={file}: of another device than {files[0]}, a {device.name}")
-        if (
-            device.name == "cpu"
-        ):  # the first run of a precision stands for all: others are in units of their own products
+        if device.name == "cpu":
+            # The first run of a precision stands for all: others are in units of their own products.
             device.peaks.setdefault(report["config"]["precision"]["precision"], report["gemm_flops"])
     runs = [run_of(str(file), report, device, text_tokens) for file, report in zip(files, raw, strict=True)]
     source = {"efficiency": f"plan --calibrate of {len(runs)} runs of bench: {', '.join(run.name for run in runs)}"}
@@ -68,9 +67,15 @@ def read_report(file: Path) -> dict[str, Any]:
     return report
 
 
-def device_of(report: dict[str, Any]) -> Device:
-    """The profile to begin with: the known GPU of that name, else the CPU, with no peak yet."""
-    return known_device(report["machine"]["device"]) or this_cpu({}, report["world"])
+def device_of(file: Path, report: dict[str, Any]) -> Device:
+    """The profile to begin with: the known GPU of that name, or the CPU, with no peak yet. ConfigError for another GPU."""
+    machine = report["machine"]
+    if (known := known_device(machine["device"])) is None and machine.get("type") == "cuda":
+        raise ConfigError(
+            f"--calibrate={file}: of {machine['device']}, whose peaks are not known: add its data sheet to DEVICES and "
+            "NAMES in megasora/observe/hardware.py"
+        )
+    return known or this_cpu({}, report["world"])
 
 
 def run_of(name: str, report: dict[str, Any], device: Device, text_tokens: int) -> Run:
@@ -91,9 +96,8 @@ def fit(device: Device, runs: Sequence[Run], firmness: float = FIRMNESS) -> Devi
     what they hardly contain.
     """
     n = len(FITTED)
-    longer = torch.zeros(
-        n + 1, dtype=torch.float64
-    )  # logarithms of the factors on each one's seconds, and their middle
+    # The logarithms of the factors on each one's seconds, and their middle.
+    longer = torch.zeros(n + 1, dtype=torch.float64)
     prior = firmness * torch.cat([torch.eye(n), -torch.ones(n, 1)], dim=1).double()
     for _ in range(30):
         here = errors(device, runs, longer)

@@ -35,9 +35,8 @@ def shares() -> list[dict[str, float]]:
         loss_of = training_loss(recipe, tally)
         for step in STEPS:
             mine = step[2 * dist.get_rank() :][:2]
-            micro = build_microbatch(
-                mine, recipe, 16, tally
-            )  # which the samples fill, so that the cut goes through one
+            # The samples fill 16, so that the cut goes through one.
+            micro = build_microbatch(mine, recipe, 16, tally)
             plain = training_loss(recipe)(Constant(), build_microbatch(mine, recipe, 16))
             assert torch.equal(training_loss(recipe, tally)(Constant(), replace(micro, groups=None)), plain)
             halves = [loss_of(Constant(), micro.part(half, 2, 1)) for half in (0, 1)]

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from data_pipelines.prepare.demo_clips import draw_clips
-from megasora.cluster.agent import sweep_heartbeats
 from megasora.observe.metrics import history
 from tests.slurm import Cluster, unavailable
 
@@ -71,13 +70,6 @@ def environment() -> dict[str, str]:
 def identical(run: Path) -> list[tuple[object, ...]]:
     """What two runs must agree in to be called identical."""
     return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["samples"], m["order"]) for m in history(run)]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def swept() -> Iterator[None]:
-    """What launchers leave that tests have killed."""
-    yield
-    sweep_heartbeats(60)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,15 @@ def test_tensorboard_has_curves_buckets_videos_captions_and_the_config(tmp_path:
 
 
 def read_wandb(file: Path) -> list[Any]:
+    """The records of a run that has ended. A process of wandb's writes them, which may be done a moment after the run."""
+    deadline = time.monotonic() + 30
+    while not (found := _records(file)) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
+
+
+def _records(file: Path) -> list[Any]:
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 

@@ -339,9 +339,8 @@ def test_resume(tmp_path: Path) -> None:
     for damaged in (paths[1], root, tmp_path / "nothing"):
         with pytest.raises(CheckpointError, match=str(damaged)):
             resume_path(root, str(damaged))
-    assert [p.reason for p in manifest.verify(tmp_path / "gone", rank=1, world=2)] == [
-        "no such directory"
-    ]  # of each rank
+    # Every rank says so.
+    assert [p.reason for p in manifest.verify(tmp_path / "gone", rank=1, world=2)] == ["no such directory"]
     (paths[0] / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no good checkpoint"):
         resume_path(root, "auto")

@@ -456,11 +456,7 @@ def _opcheck() -> None:
     check(operators.layernorm_modulate_backward.default, (dout, x, scale, sample, mean, rstd))
     check(operators.gated.default, (a, b, c, sample))
     check(operators.gated_backward.default, (dout, y, gate, sample))
-    static = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-    )  # AOT's check adds up results, also of fp8
+    static = ("test_schema", "test_autograd_registration", "test_faketensor")  # AOT's check adds up results, fp8 too
     check(operators.gated_layernorm.default, (a, b, c, d, e, sample, 1e-6, None), test_utils=static)
     check(operators.gated_layernorm_backward.default, (dout, dnormed, x, y, gate, scale, sample, mean, rstd))
     leaves, (rotation, K, eps, groups), (dy,) = draw_rope((3, 4), 24, torch.bfloat16)

@@ -55,6 +55,5 @@ def test_a_step_has_the_flops_that_are_stated(meters: ModuleType) -> None:
     found = meters.flops(config)
     assert 1.0 <= found["ratio"] < 1.03
     again = replace(config, parallel=replace(config.parallel, recompute="full"))
-    assert meters.flops(again)["ratio"] == pytest.approx(
-        3 / 4 * found["ratio"], rel=0.04
-    )  # what is done twice is no progress
+    # What is done twice is no progress.
+    assert meters.flops(again)["ratio"] == pytest.approx(3 / 4 * found["ratio"], rel=0.04)

@@ -129,9 +129,8 @@ def test_the_joint_sequence_is_text_then_video_sample_by_sample() -> None:
     expected = [0, *range(4, 13), 1, 2, 3, *range(13, 17), 17, 18]  # of [4 text tokens; 15 patches]
     assert joint.order is not None
     assert joint.order.tolist() == expected
-    assert joint.owner.tolist() == [0] + 3 * [1] + 3 * [3] + 6 * [4] + 2 * [5] + 2 * [6] + 2 * [
-        7
-    ]  # of [3 texts; 5 runs]
+    # Numbers of [3 texts; 5 runs].
+    assert joint.owner.tolist() == [0] + 3 * [1] + 3 * [3] + 6 * [4] + 2 * [5] + 2 * [6] + 2 * [7]
     x = torch.randn(19, 2)
     assert torch.equal(joint.enter(x), x[expected])
     assert torch.equal(joint.leave(joint.enter(x)), x)
@@ -140,9 +139,8 @@ def test_the_joint_sequence_is_text_then_video_sample_by_sample() -> None:
 
 
 def test_parts_that_are_attended_together_have_as_much_text_each() -> None:
-    row = pack(
-        [make_item(0), make_item(1)], capacity=16
-    )  # 6 text tokens, 5 of them of the first sample; 4, 9 and 3 patches
+    # 6 text tokens, 5 of them of the first sample; 4, 9 and 3 patches.
+    row = pack([make_item(0), make_item(1)], capacity=16)
     parts = [row.part(index, 4, shared=2) for index in range(4)]
     assert [part.own_text for part in parts] == [(0, 2), (2, 3), (3, 5), (5, 6)]
     assert [part.attended.own_text for part in parts] == [(0, 3), (0, 3), (3, 6), (3, 6)]

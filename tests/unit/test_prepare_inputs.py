@@ -240,9 +240,8 @@ def test_keys_are_unlike_each_other():
 
 
 def test_keys_of_many_long_names_and_of_equal_ones_are_unlike_each_other():
-    names = [
-        f"{folder}/{'x' * 60}{i}" for i in range(75_000) for folder in ("a", "b")
-    ]  # some 32-bit hashes are the same
+    # Some 32-bit hashes are the same.
+    names = [f"{folder}/{'x' * 60}{i}" for i in range(75_000) for folder in ("a", "b")]
     slugs = make_slugs({name: name for name in names} | {f"{i}.tar/clip": "clip" for i in range(1000)})
     assert len(set(slugs.values())) == 151_000
     assert max(map(len, slugs.values())) == 60

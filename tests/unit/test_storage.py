@@ -106,6 +106,31 @@ def test_shards_behind_http(tmp_path: Path) -> None:
             server.shutdown()
 
 
+def test_a_server_that_is_away_at_the_start_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "shards")
+    asked = []
+
+    class Waking(_Ranges):
+        def send_head(self):
+            asked.append(self.path)
+            return super().send_head() if len(asked) > 5 else self.send_error(503, "Slow Down")
+
+    monkeypatch.setattr("data_pipelines.shards.storage.PAUSES", 8 * (0.01,))
+    handler = functools.partial(Waking, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}/shards"
+            assert ShardSet.open(address, CacheConfig(tmp_path / "cache", 1 << 30)).read(0)["mp4"] == content(0)
+        finally:
+            server.shutdown()
+    assert len(asked) > 5
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "megasora.storage"]
+    assert said.startswith(f"{address} does not answer, tried again")
+
+
 class _Ranges(http.server.SimpleHTTPRequestHandler):
     """Python's server does not know ranges: without one, a client may give the whole file."""
 

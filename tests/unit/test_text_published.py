@@ -300,9 +300,8 @@ def test_without_transformers_the_extra_is_named(t5: Path, clip: Path, monkeypat
 def test_loading_is_silent_and_leaves_the_logging_as_it_was(
     tmp_path: Path, t5: Path, clip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole = save_clip(
-        tmp_path / "whole", kind="clip"
-    )  # its other half is left out, which transformers reports at length
+    # Its other half, the vision model, is left out, which transformers reports at length.
+    whole = save_clip(tmp_path / "whole", kind="clip")
     logging = transformers.utils.logging
     logging.set_verbosity_info()
     capfd.readouterr()

@@ -140,9 +140,8 @@ def test_sincos_positions_tell_every_patch_apart() -> None:
     assert embedding.shape == (60, 50)
     assert torch.pdist(embedding).min() > 0.1
     _, h, w = grid[17].tolist()
-    assert embedding[17, 8].item() == pytest.approx(
-        math.sin(h), abs=1e-6
-    )  # 8 frequencies an axis, the first of the rows
+    # 8 frequencies an axis, the first of the rows.
+    assert embedding[17, 8].item() == pytest.approx(math.sin(h), abs=1e-6)
     assert embedding[17, 24 + 16].item() == pytest.approx(math.cos(w), abs=1e-6)
     shifted = make_row([(1, 4, 4)], [5])
     shifted.grid[...] += 2

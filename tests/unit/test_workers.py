@@ -81,9 +81,8 @@ def entries(directory: str) -> set[str]:
 
 
 def shared_memory() -> set[str]:
-    return {
-        name for name in entries("/dev/shm") if name.startswith("psm_")
-    }  # as Python names it; others have theirs there
+    # Those that Python names; others have theirs there.
+    return {name for name in entries("/dev/shm") if name.startswith("psm_")}
 
 
 def gone(pids: list[int], seconds: float = 5) -> bool:
