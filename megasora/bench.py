@@ -188,7 +188,7 @@ def report(
         "quartiles": {name: quartiles([step[name] for step in steps]) for name in (*PARTS, "tokens_per_s")},
         "rounds": rounds, "peak_flops": peak, "gemm_flops": gemm, "steps": len(steps),
         "energy_joules": joules(group, rounds), "config": to_dict(config), "date": str(date.today()),
-        "machine": {"device": device_name(group.device), "type": group.device.type, "threads": torch.get_num_threads(),
+        "machine": {"device": device_name(group.device), "gpu": on_gpu(group.device), "threads": torch.get_num_threads(),
                     "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
                     "megasora": __version__},
     }  # fmt: skip

@@ -1,9 +1,11 @@
 """Keys and tokens in the environment: nothing that a run writes holds one, whether it goes well, crashes or is submitted."""
 
 import gzip
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,10 +100,27 @@ def test_a_job_and_a_record_of_a_node(road: Road, tmp_path: Path) -> None:
 def test_storage_that_refuses_does_not_say_with_which_key(road: Road) -> None:
     pytest.importorskip("s3fs")
     run = road.directory / "secret-s3"
-    words = ["train", "--config", str(road.config), f"--run.dir={run}", "--data.path=s3://no-such-bucket/latents"]
-    said = megasora(words, road.directory, 3, AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
-    assert "s3://no-such-bucket/latents" in said
+    words = ["train", "--config", str(road.config), f"--run.dir={run}", "--data.path=s3://not-yours/latents"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            said = megasora(words, road.directory, 3, AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+    assert "s3://not-yours/latents" in said
     assert leaks(said, *([run] if run.exists() else [])) == []
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """Says who asks, as servers do."""
+
+    def do_GET(self) -> None:
+        self.send_error(403, "Forbidden", f"not with {self.headers['Authorization']}")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def _has_wandb() -> bool:

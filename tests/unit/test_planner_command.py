@@ -123,7 +123,7 @@ def test_what_is_no_report_is_refused_in_a_line(tmp_path: Path, capsys: pytest.C
 def test_a_gpu_that_is_not_known_is_not_fitted_as_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_reports(tmp_path, this_cpu({"fp32": 5e10}))[0]
     report = json.loads(file.read_text())
-    file.write_text(json.dumps(report | {"machine": {"device": "NVIDIA GH200 480GB", "type": "cuda"}}))
+    file.write_text(json.dumps(report | {"machine": {"device": "NVIDIA GH200 480GB", "gpu": True}}))
     code, out, err = plan(capsys, "--calibrate", str(file))
     assert (code, out) == (2, "")
     assert f"{file}: of NVIDIA GH200 480GB, whose peaks are not known" in err
