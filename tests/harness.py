@@ -14,19 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _worker(
-    rank: int,
-    world: int,
-    store: str,
-    variables: dict[str, str],
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    results: Any,
-) -> None:
+def _worker(rank: int, world: int, store: str, variables: dict[str, str], call: bytes, results: Any) -> None:
     os.environ.update(variables)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
+    # What libraries leave there goes with it, also if this process is killed. Some do so when they are imported, by `call`.
+    tempfile.tempdir = str(Path(store).parent)
     try:
+        func, args = pickle.loads(call)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         value = func(*args)
         dist.barrier()
@@ -54,13 +49,12 @@ def run_distributed(func: Callable[..., Any], world: int, *args: Any, timeout: f
     """
     context = mp.get_context("forkserver")  # torch is imported once, not by each process
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "triton"])
+    call = pickle.dumps((func, args))
     results = context.Queue()
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
         workers = [
-            context.Process(
-                target=_worker, args=(rank, world, store, dict(os.environ), func, args, results), daemon=True
-            )
+            context.Process(target=_worker, args=(rank, world, store, dict(os.environ), call, results), daemon=True)
             for rank in range(world)
         ]
         for worker in workers:
