@@ -294,7 +294,7 @@ def processes_of(job: str) -> list[int]:
 @pytest.mark.long
 def test_a_node_is_accepted(road: Road, cluster: Cluster, launch: Callable[..., str]) -> None:
     run, record = road.directory / "accepting", road.directory / "accepting.json"
-    small = ["--bench.warmup=1", "--bench.steps=2", "--layout=tp2", "--processes=2", f"--output={record}"]
+    small = ["--gpus=0", "--bench.warmup=1", "--bench.steps=2", "--layout=tp2", "--processes=2", f"--output={record}"]
     job = launch("accept", f"--run.dir={run}", *small, nproc=2)
     assert cluster.wait(job, timeout=240)["JobState"] == "COMPLETED", output(run)
     found = json.loads(record.read_text())
