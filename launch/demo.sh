@@ -44,11 +44,12 @@ megasora launch local --nproc 2 train --config "$CONFIG"
 say "sample"
 megasora sample --config "$CONFIG"
 
+sheet=$(find "$RUN/samples" -name contact-sheet.png -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-)
 say "done. Everything lies here:"
 printf '  %-12s %s\n' \
   clips "$DATA/raw" shards "$DATA/shards" VAE "$DATA/vae" latents "$DATA/latents" \
   metrics "$RUN/metrics.jsonl" TensorBoard "$PYTHON -m tensorboard.main --logdir $RUN/tb" \
-  checkpoints "$RUN/checkpoints" samples "$(find "$RUN/samples" -name contact-sheet.png | sort | tail -n 1)"
+  checkpoints "$RUN/checkpoints" samples "$sheet"
 "$PYTHON" - "$RUN" <<'PY'
 import sys
 from pathlib import Path

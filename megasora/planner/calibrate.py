@@ -70,7 +70,7 @@ def read_report(file: Path) -> dict[str, Any]:
 def device_of(file: Path, report: dict[str, Any]) -> Device:
     """The profile to begin with: the known GPU of that name, or the CPU, with no peak yet. ConfigError for another GPU."""
     machine = report["machine"]
-    if (known := known_device(machine["device"])) is None and machine.get("gpu"):
+    if (known := known_device(machine["device"])) is None and machine.get("gpu"):  # older reports do not say
         raise ConfigError(
             f"--calibrate={file}: of {machine['device']}, whose peaks are not known: add its data sheet to DEVICES and "
             "NAMES in megasora/observe/hardware.py"

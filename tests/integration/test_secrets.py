@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -108,13 +109,17 @@ def test_storage_that_refuses_does_not_say_with_which_key(road: Road) -> None:
         finally:
             server.shutdown()
     assert "s3://not-yours/latents" in said
+    assert any(SECRETS["AWS_ACCESS_KEY_ID"] in one for one in _Refusing.asked)
     assert leaks(said, *([run] if run.exists() else [])) == []
 
 
 class _Refusing(http.server.BaseHTTPRequestHandler):
     """Says who asks, as servers do."""
 
+    asked: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
+        self.asked.append(self.headers["Authorization"])
         self.send_error(403, "Forbidden", f"not with {self.headers['Authorization']}")
 
     do_HEAD = do_GET

@@ -95,7 +95,7 @@ def by_transformers(directory: Path, captions: list[str], length: int) -> list[t
     return [h[: int(mask.sum())] for h, mask in zip(hidden, batch["attention_mask"], strict=True)]
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_t5s_embeddings_are_transformers_own_at_their_valid_length(t5: Path) -> 
     assert isinstance(encoder, T5TextEncoder)
     texts = encoder.encode(CAPTIONS)
     for text, expected in zip(texts, by_transformers(t5, CAPTIONS, 40), strict=True):
-        close(text.tokens, expected)
+        assert_close(text.tokens, expected)
         assert text.pooled.shape == (encoder.pooled_width,) == (0,)
     assert len({len(text.tokens) for text in texts}) == 4
     assert encoder.width == 32
@@ -113,16 +113,16 @@ def test_t5s_embeddings_are_transformers_own_at_their_valid_length(t5: Path) -> 
 def test_a_batch_equals_one_by_one_and_the_empty_caption_is_the_end_token(t5: Path) -> None:
     encoder = T5TextEncoder(t5)
     for caption, text in zip(CAPTIONS, encoder.encode(CAPTIONS), strict=True):
-        close(text.tokens, encoder.encode([caption])[0].tokens)
+        assert_close(text.tokens, encoder.encode([caption])[0].tokens)
     with torch.no_grad():
-        close(encoder.encode([""])[0].tokens, encoder.model(input_ids=torch.tensor([[1]])).last_hidden_state[0])
+        assert_close(encoder.encode([""])[0].tokens, encoder.model(input_ids=torch.tensor([[1]])).last_hidden_state[0])
 
 
 def test_a_long_caption_is_cut_and_keeps_its_end_token(t5: Path) -> None:
     encoder, long = T5TextEncoder(t5, max_tokens=8), "a rabbit " * 50
     text = encoder.encode([long, "a"])[0]
     assert text.tokens.shape == (8, 32)
-    close(text.tokens, by_transformers(t5, [long], 8)[0])
+    assert_close(text.tokens, by_transformers(t5, [long], 8)[0])
 
 
 def test_pieces_are_those_of_transformers(tmp_path: Path) -> None:
@@ -187,10 +187,10 @@ def test_clip_gives_what_flux_and_hunyuan_video_pool(tmp_path: Path, eos_token_i
         expected = transformers.CLIPTextModel.from_pretrained(directory).eval()(padded)  # no mask, as they call it
     texts = encoder.encode(captions)
     for i, text in enumerate(texts):
-        close(text.pooled, expected.pooler_output[i])
-        close(text.tokens, expected.last_hidden_state[i, : len(text.tokens)])
-        close(text.pooled, text.tokens[-1])
-        close(text.pooled, encoder.encode(captions[i : i + 1])[0].pooled)
+        assert_close(text.pooled, expected.pooler_output[i])
+        assert_close(text.tokens, expected.last_hidden_state[i, : len(text.tokens)])
+        assert_close(text.pooled, text.tokens[-1])
+        assert_close(text.pooled, encoder.encode(captions[i : i + 1])[0].pooled)
     assert [len(text.tokens) for text in texts] == [2, 16, 11, 16]
     assert torch.pdist(torch.stack([text.pooled for text in texts])).min() > 0.1
     assert encoder.width == encoder.pooled_width == 24
@@ -203,13 +203,13 @@ def test_published_names_and_a_whole_clip_give_the_same(tmp_path: Path, clip: Pa
     renamed["text_model.embeddings.position_ids"] = torch.arange(16)[None]
     save_file(renamed, tmp_path / "named" / "model.safetensors", {"format": "pt"})
     expected = CLIPTextEncoder(clip).encode(CAPTIONS)
-    close(load_text_encoder(tmp_path / "named").encode(CAPTIONS)[0].pooled, expected[0].pooled)
+    assert_close(load_text_encoder(tmp_path / "named").encode(CAPTIONS)[0].pooled, expected[0].pooled)
 
     whole = save_clip(tmp_path / "whole", kind="clip")
     model = transformers.CLIPModel.from_pretrained(whole).eval()
     ids = transformers.CLIPTokenizer.from_pretrained(whole)(CAPTIONS[3], return_tensors="pt").input_ids
     with torch.no_grad():
-        close(load_text_encoder(whole).encode(CAPTIONS)[3].pooled, model.text_model(ids).pooler_output[0])
+        assert_close(load_text_encoder(whole).encode(CAPTIONS)[3].pooled, model.text_model(ids).pooler_output[0])
 
 
 def test_a_whole_t5_gives_its_encoder(tmp_path: Path, t5: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_whole_t5_gives_its_encoder(tmp_path: Path, t5: Path) -> None:
     encoder = T5TextEncoder(directory)
     ids = torch.tensor([[*encoder.pieces(CAPTIONS[0]), 1]])
     with torch.no_grad():
-        close(encoder.encode(CAPTIONS)[0].tokens, model.encoder(ids).last_hidden_state[0])
+        assert_close(encoder.encode(CAPTIONS)[0].tokens, model.encoder(ids).last_hidden_state[0])
 
 
 def test_two_directories_give_tokens_and_pooled_vector(t5: Path, clip: Path) -> None:
