@@ -1,12 +1,15 @@
 """Runs a function on several gloo processes, with a hard time-out and no process left behind."""
 
+import faulthandler
 import os
 import pickle
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ def _worker(rank: int, world: int, store: str, variables: dict[str, str], call: 
     os.environ.update(variables)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
+    faulthandler.enable()  # a crash in compiled code says where
     # What libraries leave there goes with it, also if this process is killed. Some do so when they are imported, by `call`.
     tempfile.tempdir = str(Path(store).parent)
     try:
@@ -45,7 +49,8 @@ def run_distributed(func: Callable[..., Any], world: int, *args: Any, timeout: f
     """Calls `func(*args)` on `world` processes joined by gloo; returns every rank's result, in order of rank.
 
     `func` is a module-level function, its result picklable. The rendezvous is a file, so no port is taken. A failure on
-    any rank, or the time-out (seconds), kills all of them and raises with that rank's traceback.
+    any rank, or the time-out (seconds), kills all of them and raises with what every rank said: the first to speak may only
+    have lost the one that failed.
     """
     context = mp.get_context("forkserver")  # torch is imported once, not by each process
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "triton"])
@@ -60,23 +65,24 @@ def run_distributed(func: Callable[..., Any], world: int, *args: Any, timeout: f
         for worker in workers:
             worker.start()
         values: dict[int, Any] = {}
+        errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout
         try:
-            while len(values) < world:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{func.__name__}: ranks {sorted(set(range(world)) - set(values))} hung")
-                if results.empty():
-                    dead = [r for r, w in enumerate(workers) if w.exitcode not in (None, 0) and r not in values]
-                    if dead and results.empty():
-                        time.sleep(0.5)  # its traceback may still be on the way
-                        if results.empty():
-                            raise RuntimeError(f"{func.__name__}: ranks {dead} died without a word")
-                    time.sleep(0.01)
-                    continue
-                rank, value, error = results.get()
-                if error is not None:
-                    raise RuntimeError(f"rank {rank}:\n{error}")
-                values[rank] = pickle.loads(value)
+            while len(values) + len(errors) < world and time.monotonic() < deadline:
+                with suppress(Empty):
+                    rank, value, error = results.get(timeout=0.1)
+                    if error is None:
+                        values[rank] = pickle.loads(value)
+                    else:
+                        errors[rank] = error
+                silent = [rank for rank in range(world) if rank not in values and rank not in errors]
+                if errors or any(workers[rank].exitcode for rank in silent):
+                    deadline = min(deadline, time.monotonic() + 3)  # for the others' words
+            if len(values) < world:
+                ends = {rank: workers[rank].exitcode for rank in silent}
+                said = [f"rank {rank} {'hung' if end is None else f'ended with {end}'}" for rank, end in ends.items()]
+                said += [f"rank {rank}:\n{error}" for rank, error in errors.items()]
+                raise RuntimeError(f"{func.__name__}: " + "\n".join(said))
         finally:
             for worker in workers:
                 worker.join(timeout=5 if len(values) == world else 0)
