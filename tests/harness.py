@@ -4,6 +4,7 @@ import faulthandler
 import os
 import pickle
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -17,11 +18,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def _end_with_tests() -> None:
+    """The server of processes lives as long as one of them does, so it does not end them when the tests are killed."""
+    tests = mp.parent_process()
+    assert tests is not None
+    tests.join()
+    os._exit(1)
+
+
 def _worker(rank: int, world: int, store: str, variables: dict[str, str], call: bytes, results: Any) -> None:
     os.environ.update(variables)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     faulthandler.enable()  # a crash in compiled code says where
+    threading.Thread(target=_end_with_tests, daemon=True).start()
     # What libraries leave there goes with it, also if this process is killed. Some do so when they are imported, by `call`.
     tempfile.tempdir = str(Path(store).parent)
     try:
@@ -76,7 +86,7 @@ def run_distributed(func: Callable[..., Any], world: int, *args: Any, timeout: f
                     else:
                         errors[rank] = error
                 silent = [rank for rank in range(world) if rank not in values and rank not in errors]
-                if errors or any(workers[rank].exitcode for rank in silent):
+                if errors or any(workers[rank].exitcode is not None for rank in silent):
                     deadline = min(deadline, time.monotonic() + 3)  # for the others' words
             if len(values) < world:
                 ends = {rank: workers[rank].exitcode for rank in silent}
