@@ -63,9 +63,10 @@ def video_bytes(
     mirrored: bool = False,
     pixel_aspect: Fraction | None = None,
     settings: dict[str, str] | None = None,
+    times: list[int] | None = None,
 ) -> bytes:
     """frames uint8 [T, H, W, 3] encoded by PyAV alone, with FFmpeg's settings. An mp4 has its header first, so a cut-off file
-    still opens."""
+    still opens. times: when each is shown, in units of 1 / fps seconds; one after the other if left out."""
     options = {"movflags": "faststart"} if container == "mp4" else {}
     quality = {"crf": "10", "mbtree": "0"} if codec == "libx264" else {}  # mbtree: see Mp4Writer
     with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=container, options=options) as output:
@@ -76,8 +77,10 @@ def video_bytes(
             stream.set_display_rotation(rotation, hflip=mirrored)
         if pixel_aspect:
             stream.codec_context.sample_aspect_ratio = pixel_aspect
-        for frame in frames:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = times[number] if times else None, Fraction(1, fps)
+            output.mux(stream.encode(frame))
         output.mux(stream.encode())
         output.close()
         return Path(file.name).read_bytes()

@@ -26,7 +26,7 @@ THUMBNAIL = (36, 64)
 class Piece:
     """A clip, or a picture, that was cut out of a source and encoded."""
 
-    start: int  # its first frame in the source
+    start: int  # its first frame in the source, whose rate is made steady
     content: bytes  # mp4 or jpg
     about: dict[str, Any]  # kind, frames, fps, height, width
     scores: dict[str, float]
@@ -77,7 +77,7 @@ def _clips(
         picture, thumbnail = Scaler(reader, height, width), Scaler(reader, *THUMBNAIL)
         edges, end, wanted = known.edges(reader.fps), known.end(reader.fps), known.wanted(0, reader.fps)
         clip, previous = None, None
-        for number, frame in enumerate(reader):
+        for number, frame in enumerate(reader.steadily()):
             if number >= end:
                 break
             small = thumbnail(frame)

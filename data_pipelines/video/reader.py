@@ -32,6 +32,8 @@ REORDERED = 32  # no decoder gives a frame so many packets late
 BOXES = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
 BOXES_MAX = 1_000_000
 SLACK = Fraction(1, 1000)  # seconds
+STEADY = Fraction(1, 20)  # of a frame's time
+STILL = 10  # seconds
 HDR = (16, 18)  # the codes of ITU-T H.273 for transfer by PQ and HLG
 
 Timed = tuple[int, av.VideoFrame]  # with the time when it is shown, in ticks of its stream
@@ -129,7 +131,7 @@ class VideoReader:
             rate = self._stream.average_rate or self._stream.guessed_rate
             if not rate:
                 raise Undecodable("no frame rate")
-            self.fps = float(rate)
+            self.fps, self._rate = float(rate), rate
             self._tick = Fraction(self._stream.time_base or 1 / rate)  # seconds
             self._interval = max(1, round(1 / (rate * self._tick)))  # ticks from frame to frame
             # Where time begins, in ticks. None until the first frame says it.
@@ -162,6 +164,29 @@ class VideoReader:
         while wanted < shown_time + (shown.duration or self._interval):
             yield shown
             wanted += step
+
+    def steadily(self) -> Iterator[av.VideoFrame]:
+        """The frames at the steady rate `fps`: where their distances vary, one comes again, or is left out, so that a second
+        stays a second."""
+        given, due = 0, Fraction(0)
+        shown_time, shown = self._first
+        for time, frame in self._frames:
+            due += self._distance(time - shown_time)
+            while given < due - Fraction(1, 2):
+                yield shown
+                given += 1
+            shown_time, shown = time, frame
+        due += self._distance(shown.duration or self._interval)
+        while given < due - Fraction(1, 2):
+            yield shown
+            given += 1
+
+    def _distance(self, ticks: int) -> Fraction:
+        """In frames. Times are rounded to ticks, or once were to milliseconds, and headers may name a rate that is a little
+        off: what is about one frame is one. What stands still for long is taken for a jump of the clock, and is one too."""
+        seconds, rounding = ticks * self._tick, min(max(self._tick, SLACK) * self._rate, Fraction(1, 4))
+        steady = abs(seconds * self._rate - 1) <= STEADY + rounding
+        return Fraction(1) if steady or seconds > STILL else seconds * self._rate
 
     def _ticks(self, seconds: Fraction) -> Fraction:
         """A moment later than that: times are rounded to ticks, or once were to milliseconds."""

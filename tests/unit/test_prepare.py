@@ -70,6 +70,29 @@ def test_a_long_shot_is_cut_into_pieces_with_every_frame_in_its_place(tmp_path):
     assert list(chain(*numbers)) == list(range(60))
 
 
+def test_a_varying_rate_is_made_steady(tmp_path):
+    """Two seconds of stillness in the middle are two seconds in the clip, and captions of parts keep their times."""
+    times = [number + 48 * (number >= 30) for number in range(60)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "pause.mp4").write_bytes(video_bytes(numbered(60), times=times))
+    lines = [
+        {"path": "pause.mp4", "caption": "before", "start": 0, "end": 3.25},
+        {"path": "pause.mp4", "caption": "after", "start": 3.25},
+    ]
+    (tmp_path / "in" / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report, shards = run(tmp_path / "in" / "list.jsonl", tmp_path / "out", shot_threshold=250.0, min_frames=5)
+    assert report["kept"] == 2
+    shown = []
+    for index, (caption, seconds) in enumerate([(b"before", 3.25), (b"after", 1.25)]):
+        row, members = shards.row(index), shards.read(index)
+        assert members["txt"] == caption
+        assert row.frames / row.fps == pytest.approx(seconds, abs=1 / row.fps)
+        shown += [read_number(frame) for frame in decode(members["mp4"], frames=row.frames, height=64, width=96)]
+    for place, number in enumerate(shown):
+        off, until = 0.6 / row.fps, [*times, 108][number + 1]
+        assert times[number] / 24 - off < place / row.fps < until / 24 + off
+
+
 def test_sizes_are_bounded_and_keep_their_shape(tmp_path):
     write_clip(tmp_path / "in" / "wide.mp4", quadrants(20, 128, 384), "wide")
     (tmp_path / "in" / "turned.mp4").write_bytes(video_bytes(quadrants(20, 128, 384), rotation=90))

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines.video.files import decode, iter_frames
+from data_pipelines.video.files import Scaler, decode, iter_frames
 from data_pipelines.video.reader import Undecodable, VideoReader
 from data_pipelines.video.write import encode_image
 from tests.clips import noise, numbered, read_number, video_bytes
@@ -30,13 +30,14 @@ def encode(
     base: Fraction = Fraction(1, 24),
     muxer: dict[str, str] | None = None,
     pictures: np.ndarray | None = None,
+    rate: int = 24,
 ) -> bytes:
     """60 frames of `numbered` at `times` in units of `base` (24 a second)."""
     with (
         tempfile.NamedTemporaryFile() as file,
         av.open(file.name, "w", format=container, options=muxer or {}) as output,
     ):
-        stream = output.add_stream(codec, rate=24, options=options)
+        stream = output.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt, stream.thread_count = 64, 96, "yuv420p", 1
         stream.codec_context.time_base = base
         for number, picture in enumerate(numbered(FRAMES) if pictures is None else pictures):
@@ -170,6 +171,57 @@ def test_frames_by_rate_where_the_rate_varies():
                     time = Fraction(start + k, fps)  # up to 2 ms after it a frame may be counted in: times are rounded
                     first, last = (bisect_right(seconds, time + later) - 1 for later in (0, Fraction(2, 1000)))
                     assert first <= read_number(frame) <= last
+
+
+def steady(source: bytes) -> tuple[list[int], float]:
+    with VideoReader(source) as reader:
+        scale = Scaler(reader, 64, 96)
+        return [read_number(scale(frame)) for frame in reader.steadily()], reader.fps
+
+
+@pytest.mark.parametrize(
+    ("rate", "base"),
+    [(240, Fraction(1, 1000)), (120, Fraction(1, 1000)), (30, Fraction(1, 1000)), (24, Fraction(1, 60))],
+)
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_rounded_times_are_steady(container, rate, base):
+    """As 8, 8 and 9 milliseconds at 120 frames a second, or two and three fields at 24."""
+    times = [round(Fraction(number, rate) / base) for number in range(FRAMES)]
+    assert steady(x264(container=container, times=times, base=base, rate=rate))[0] == list(range(FRAMES))
+
+
+def numbers_of(source: bytes) -> list[int]:
+    with VideoReader(source) as reader:
+        scale = Scaler(reader, 64, 96)
+        return [read_number(scale(frame)) for frame in reader]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if "varying" not in name])
+def test_steady_videos_keep_their_frames(name):
+    source = SOURCES[name]()
+    assert steady(source)[0] == numbers_of(source)
+
+
+def test_a_named_rate_that_is_a_little_off_costs_no_frame():
+    source = x264(container="matroska", times=[97 * number for number in range(FRAMES)], base=Fraction(1, 2400))
+    assert steady(source) == (list(range(FRAMES)), 24.0)  # of 24.74
+
+
+@pytest.mark.parametrize("name", ["varying rate", "matroska, varying rate"])
+def test_a_varying_rate_is_made_steady(name):
+    numbers, fps = steady(SOURCES[name]())
+    seconds = [(time - VARYING[0]) / 120 for time in VARYING]
+    assert len(set(numbers)) < len(numbers)  # some come again
+    assert set(numbers) < set(range(FRAMES))  # some are left out
+    assert numbers == sorted(numbers)
+    for place, number in enumerate(numbers):  # half a frame, and what frames about one apart may add up to
+        assert seconds[number] - 0.75 / fps < place / fps < seconds[min(number + 1, FRAMES - 1)] + 0.75 / fps
+
+
+def test_a_jump_of_the_clock_is_not_filled():
+    times = [number + 24_000 * (number >= 30) for number in range(FRAMES)]
+    source = x264(container="matroska", times=times)
+    assert steady(source)[0] == numbers_of(source)
 
 
 def test_a_video_ends_with_its_last_frame():
