@@ -27,7 +27,7 @@ from megasora.observe.logs import start_logging
 from megasora.observe.metrics import Journal
 from megasora.observe.tally import Tally
 from megasora.parallel.fp8 import check_fp8
-from megasora.parallel.layout import Layout
+from megasora.parallel.layout import Layout, check_share
 from megasora.parallel.mesh import Processes, processes_of_a_node
 from megasora.parallel.plan import PLANS, check_layout, refusal
 from megasora.schema import Config, Stage
@@ -45,27 +45,14 @@ def check_fit(config: Config, group: Processes, latents: LatentFacts) -> None:
     check_fp8(config.precision.fp8, compute_capability(), config.parallel.recompute)
     if config.precision.fp8_gather and (group.layout.zero < 2 or group.layout.tp > 1):
         raise ConfigError(f"precision.fp8_gather=true: goes with zero2 or zero3 and without tp, not {group.layout}")
-    if config.eval.every:
-        check_rollout(config, group)
-    for key, path in (
-        ("clip", config.eval.clip),
-        ("fvd", config.eval.fvd),
-        ("fvd_reference", config.eval.fvd_reference),
-    ):
-        if path and not Path(path).exists():
-            raise ConfigError(f"eval.{key}={path}: no such file or directory")
     if config.model.channels != latents.channels:
         raise ConfigError(f"model.channels={config.model.channels}: the latents have {latents.channels}")
     for key, found in (("text_width", latents.null.tokens.shape[1]), ("pooled_width", len(latents.null.pooled))):
         wanted = {"text_width": config.model.text_width, "pooled_width": config.model.pooled_width}[key]
         if wanted not in (0, found):
             raise ConfigError(f"model.{key}={wanted}: the text encoder of these latents gives {found}")
-    batch, ranks, capacity = config.data.global_batch, group.layout.dp, config.data.capacity
-    if batch % ranks:
-        nearest = max(1, round(batch / ranks)) * ranks
-        raise ConfigError(
-            f"data.global_batch={batch}: {ranks} data-parallel ranks must share it evenly; nearest is {nearest}"
-        )
+    check_share(config.data.global_batch, group.layout)
+    capacity = config.data.capacity
     t, h, w = latents.compression
     for bucket in (bucket for stage in config.stages for bucket in buckets_of(stage.buckets)):
         sizes = (1 + (bucket.frames - 1) // t, bucket.height // h, bucket.width // w)

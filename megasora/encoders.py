@@ -177,6 +177,14 @@ def mark_of(spec: str) -> str:
     return marked.hexdigest()
 
 
+def look_for_encoders(config: EncodeConfig, latents: str | None, purpose: str) -> None:
+    """Raises ConfigError where the encoders that `open_encoders` would open are not there, without opening them."""
+    text = text_directory(config, Path(latents or config.output))
+    for key, directory in [("vae", config.vae), *(("text", part.strip()) for part in text.split(","))]:
+        if directory != PIXELS and not (Path(directory) / "config.json").is_file():
+            raise ConfigError(f"encode.{key}={directory}: no encoder here, and {purpose} makes samples with it")
+
+
 def open_encoders(config: EncodeConfig, latents: str | None, device: torch.device) -> tuple[FirstStage, TextEncoder]:
     """Both encoders, to sample with. Raises DataError if they are not those that the latents were made with.
 

@@ -6,6 +6,7 @@ Both are of the averaged weights, and nothing in them is drawn anew: two evaluat
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megasora.build import build_recipe, find_objective
-from megasora.encoders import open_encoders
+from megasora.build import build_recipe, check_rollout, find_objective
+from megasora.encoders import look_for_encoders, open_encoders
 from megasora.engines.torch_native import Engine
 from megasora.errors import ConfigError
 from megasora.microbatch import MicroBatch, build_microbatch
+from megasora.observe.boards import check_wandb
 from megasora.observe.logs import log
 from megasora.observe.scores import clip_score, fvd
 from megasora.parallel.mesh import Processes, on_main
 from megasora.rendering import make_prompts, render
 from megasora.sampling import Generator, turns
-from megasora.schema import Config, EvalConfig, Stage
+from megasora.schema import Config, EvalConfig, SampleConfig, Stage
 from megasora.seeding import fold
 from megasora.training_data import TrainingData, build_loader, data_at, open_data
+
+
+def check_evaluation(config: Config, group: Processes) -> None:
+    """Raises ConfigError, before the first step, for what a run would end on when it comes to show itself."""
+    check_wandb(config.observe.wandb)
+    for key, path in (
+        ("clip", config.eval.clip),
+        ("fvd", config.eval.fvd),
+        ("fvd_reference", config.eval.fvd_reference),
+    ):
+        if path and not Path(path).exists():
+            raise ConfigError(f"eval.{key}={path}: no such file or directory")
+    if config.eval.every:
+        check_rollout(config, group)
+        if find_objective(config) is not None and prompted(config):
+            look_for_encoders(config.encode, config.data.latents_at, f"eval.every={config.eval.every}")
+
+
+def prompted(config: Config) -> SampleConfig | None:
+    """The settings of `sample` with the prompts of eval, if there are any."""
+    settings = replace(config.sample, prompts=config.eval.prompts or config.sample.prompts)
+    return settings if settings.prompts or settings.labels else None
 
 
 def evaluation_loss(
@@ -89,8 +113,8 @@ def evaluation_videos(config: Config, group: Processes, engine: Engine) -> list[
     """(caption, uint8 [T, H, W, 3]) of the prompts of eval, by the settings of `sample`, on the main process. All ranks call it,
     and divide the prompts."""
     objective = find_objective(config)
-    settings = replace(config.sample, prompts=config.eval.prompts or config.sample.prompts)
-    if objective is None or not (settings.prompts or settings.labels):
+    settings = prompted(config)
+    if objective is None or settings is None:
         return []
     stage, text = open_encoders(config.encode, config.data.latents_at, group.device)
     generator = Generator(

@@ -28,10 +28,9 @@ from megasora.cluster.stragglers import FirstCall, StepTimes
 from megasora.config import to_dict
 from megasora.engines.optim import learning_rate
 from megasora.errors import CheckpointError, StoppedEarly, StorageFull, Superseded
-from megasora.evaluation import evaluation_loss, evaluation_videos, score_videos
+from megasora.evaluation import check_evaluation, evaluation_loss, evaluation_videos, score_videos
 from megasora.microbatch import Recipe, build_rows, training_loss
 from megasora.models.families import parameter_count
-from megasora.observe.boards import check_wandb
 from megasora.observe.clock import Clock
 from megasora.observe.hardware import device_peak, peak_memory
 from megasora.observe.logs import log
@@ -68,8 +67,8 @@ class Trainer:
         self.config, self.group, self.stop, self.beat = config, group, stop, beat
         self.data = open_data(config, group.device)
         check_fit(config, group, self.data.facts)
+        check_evaluation(config, group)
         check_current(config)
-        check_wandb(config.observe.wandb)
         fitted = settle_recompute(config, group, self.data)
         warnings = check_plan(fitted, group.layout, device_here(group.device), self.data, group.is_main)
         start = find_start(config, self.data)

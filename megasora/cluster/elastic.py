@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from megasora.errors import ConfigError
-from megasora.parallel.layout import Layout, parse_layout
+from megasora.parallel.layout import Layout, check_share, parse_layout
 
 
 def shrunken_layout(layout: Layout, world: int, global_batch: int) -> Layout | None:
@@ -30,10 +29,6 @@ def layouts_by_nodes(text: str, nodes: int, least: int, nproc: int, global_batch
     Raises ConfigError if even all nodes do not fit the layout.
     """
     layout = parse_layout(text, nodes * nproc)
+    check_share(global_batch, layout)
     found = {count: shrunken_layout(layout, count * nproc, global_batch) for count in range(nodes, least - 1, -1)}
-    if found[nodes] is None:
-        raise ConfigError(
-            f"data.global_batch={global_batch}: {layout.dp} data-parallel ranks must share it evenly; "
-            f"nearest is {max(1, round(global_batch / layout.dp)) * layout.dp}"
-        )
     return {count: str(layout) for count, layout in found.items() if layout is not None}

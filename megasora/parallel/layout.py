@@ -143,3 +143,12 @@ def parse_layout(text: str, world: int | None = None) -> Layout:
     if layout.schedule == "zbv":
         raise ConfigError(f"parallel.layout={text}: zbv is not in this version; valid here: {fitting}")
     return layout
+
+
+def check_share(global_batch: int, layout: Layout) -> None:
+    """Raises ConfigError, with the nearest batch that works, where the data-parallel ranks cannot share a batch evenly."""
+    if global_batch % layout.dp:
+        nearest = max(1, round(global_batch / layout.dp)) * layout.dp
+        raise ConfigError(
+            f"data.global_batch={global_batch}: {layout.dp} data-parallel ranks must share it evenly; nearest is {nearest}"
+        )

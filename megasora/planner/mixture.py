@@ -10,9 +10,8 @@ from data_pipelines.batches.balance import assign
 from data_pipelines.batches.loader import Item, Loader
 from data_pipelines.batches.pools import assign_pools
 from data_pipelines.buckets import Bucket, buckets_of
-from megasora.errors import ConfigError
 from megasora.microbatch import patches_of
-from megasora.parallel.layout import Layout
+from megasora.parallel.layout import Layout, check_share
 from megasora.parallel.mesh import Processes
 from megasora.planner.job import Row
 from megasora.planner.step_time import Step
@@ -51,12 +50,7 @@ class Mixture:
 
     def steps(self, layout: Layout) -> list[Step]:
         """As ranks of a layout get them. Raises ConfigError where they cannot share a batch evenly."""
-        if self.global_batch % layout.dp:
-            nearest = max(1, round(self.global_batch / layout.dp)) * layout.dp
-            raise ConfigError(
-                f"data.global_batch={self.global_batch}: {layout.dp} data-parallel ranks must share it evenly; "
-                f"nearest is {nearest}"
-            )
+        check_share(self.global_batch, layout)
         key = layout.dp, meeting(layout), tuple(layout.widths) if layout.dynamic else ()
         if key not in self.known:
             self.known[key] = [self._spread(batch, layout) for batch in self.batches]

@@ -19,7 +19,7 @@ from megasora.cluster.elastic import layouts_by_nodes
 from megasora.cluster.slurm import SLURM_VERBS, Job, check_numbers, render, submit
 from megasora.config import load_config, to_dict
 from megasora.errors import ConfigError, writing
-from megasora.parallel.layout import parse_layout
+from megasora.parallel.layout import check_share, parse_layout
 from megasora.schema import Config
 
 SHARED = ("train", "bench", "doctor")  # verbs whose processes work together; the others of a node work for themselves
@@ -116,7 +116,7 @@ def describe(args: argparse.Namespace, configs: list[Config], arguments: list[st
     nproc = args.nproc or (1 if args.verb in ALONE else max(1, args.gpus_per_node))
     layouts = {args.nodes: ""}
     for config in configs if args.verb in ("train", "bench") else []:
-        parse_layout(config.parallel.layout, args.nodes * nproc)
+        check_share(config.data.global_batch, parse_layout(config.parallel.layout, args.nodes * nproc))
         if args.min_nodes:
             found = layouts_by_nodes(
                 config.parallel.layout, args.nodes, args.min_nodes, nproc, config.data.global_batch

@@ -235,6 +235,15 @@ def test_what_cannot_run_is_one_line_and_creates_nothing(road: Road, override: s
     assert not run.exists()
 
 
+@pytest.mark.parametrize("key", ["encode.vae", "encode.text"])
+def test_what_samples_are_made_with_is_looked_for_before_the_first_step(road: Road, key: str) -> None:
+    run = road.directory / "never"
+    samples = ["--eval.every=5", '--eval.prompts=["a ball"]', f"--{key}=nowhere"]
+    done = road.run("train", f"--run.dir={run}", *samples, code=2)
+    assert f"{key}=nowhere: no encoder here, and eval.every=5 makes samples with it" in done.stderr
+    assert not run.exists()
+
+
 def test_two_processes_print_one_line(road: Road) -> None:
     run = road.directory / "never2"
     for override, code in (("--optim.lrr=1", 2), ("--data.global_batch=3", 2), ("--data.path=nowhere", 3)):

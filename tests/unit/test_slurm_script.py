@@ -158,6 +158,7 @@ def test_what_fails_by_finding_something_is_not_tried_again(config: Path, capsys
         (["tarin"], "tarin"),
         (["train", "--nodes", "0"], "--nodes=0"),
         (["train", "--nodes", "2", "--gpus-per-node", "2", "--parallel.layout=dp3"], "4 started"),
+        (["train", "--nodes", "3", "--gpus-per-node", "1"], "data.global_batch=8: 3 data-parallel ranks"),
         (["train", "--partition", "a b"], "--partition=a b"),
         (["train", "--optim.lrr=1"], "optim.lr?"),
         (["train", "--array", "3"], "--array=3"),
