@@ -120,9 +120,11 @@ def _as_list(value: Any) -> list[Any]:
 
 def caption_lines(path: Path) -> Iterator[tuple[int, Line | None]]:
     """The lines of captions.jsonl by number, None for one that cannot be read: {"file", "caption", ...}, see `read_line`."""
-    if path.is_file():
-        for number, entry in _json_lines(path):
+    try:
+        for number, entry in _json_lines(path) if path.is_file() else ():
             yield number, _line(entry, "file")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def listed_files(path: Path) -> Iterator[tuple[int, Line | None]]:

@@ -108,8 +108,12 @@ def _samples(
 ) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """The samples of one source, for `ShardFile.write`, and their signatures. Raises OSError where storage fails."""
 
+    said: set[str] = set()
+
     def drop(reason: str, where: str) -> None:
-        tally.drop(reason, f"{source.name} {where}".rstrip())
+        first = [f"{source.name} {where}".rstrip()] * (reason not in said)  # an example is the first of its file
+        tally.add({reason: 1}, {reason: first})
+        said.add(reason)
 
     try:
         content, known = read_source(source, shards)

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def open_inputs(config: PrepareConfig, output: Path, drop: Drop) -> Inputs:
         return _webdataset(config.input)
     root = Path(config.input)
     if not root.exists():
-        raise DataError(f"{root}: no such file or directory")
+        raise DataError(f"prepare.input={root}: no such file or directory")
     if root.is_file() and root.suffix.lower() in LISTS:
         return _list(root, Path(config.root) if config.root else root.parent, drop)
     if root.is_dir() and any(not path.name.startswith(".") for path in root.glob("*.tar")):
@@ -87,10 +88,7 @@ def read_source(source: Source, shards: ShardSet | None) -> tuple[Path | bytes, 
 
 def _tree(root: Path, output: Path, drop: Drop) -> Inputs:
     """Videos and images by their suffix; hidden files are passed over."""
-    if root.is_dir():
-        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    else:
-        files = {root.name: root}
+    files = _files_below(root, drop) if root.is_dir() else {root.name: root}
     made = f"{output.relative_to(root.resolve()).as_posix()}/" if output.is_relative_to(root.resolve()) else None
     names, found = [], 0
     for name, path in sorted(files.items()):
@@ -119,6 +117,29 @@ def _tree(root: Path, output: Path, drop: Drop) -> Inputs:
             source.bytes = look.bytes
             state.update(f"{source.name}\0{_known(source.known)}\0{look.digest}\0".encode())
     return Inputs(sources, None, state.hexdigest(), found)
+
+
+def _files_below(root: Path, drop: Drop) -> dict[str, Path]:
+    """By their names relative to `root`. A folder that cannot be listed is dropped; raises `DataError` if that is `root`."""
+
+    def not_listed(error: OSError) -> None:
+        folder = Path(error.filename)
+        if folder == root:
+            raise DataError(f"prepare.input={root}: {error.strerror}")
+        name = folder.relative_to(root).as_posix()
+        if not any(part.startswith(".") for part in name.split("/")):
+            drop("unreadable folder", f"{name} ({error.strerror})")
+
+    files = {}
+    for folder, _, names in os.walk(root, onerror=not_listed):
+        for path in (Path(folder) / name for name in names):
+            with suppress(
+                PermissionError
+            ):  # of a folder that may be listed and not entered: its files cannot be read either
+                if not path.is_file():
+                    continue
+            files[path.relative_to(root).as_posix()] = path
+    return files
 
 
 def _read_caption_file(path: Path, known: dict[str, Known], drop: Drop) -> None:

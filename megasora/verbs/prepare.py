@@ -44,3 +44,6 @@ def run(args: argparse.Namespace) -> None:
         dropped = ", ".join(f"{reason} {count}" for reason, count in report["dropped"].items())
         log.info("kept %d clips and images of %d files, dropped %s -> %s", report["kept"], report["sources"],
                  f"{dropped} (see report.json)" if dropped else "none", config.prepare.output)  # fmt: skip
+        if report["dropped"].get("too short", 0) > report["kept"]:
+            log.warning("most pieces are shorter than prepare.min_frames=%d: are they cut too often? Shots change above "
+                        "prepare.shot_threshold=%g", config.prepare.min_frames, config.prepare.shot_threshold)  # fmt: skip

@@ -173,6 +173,15 @@ def test_everything_is_kept_or_counted(mixed, tmp_path):
     assert on_disk == {name: value for name, value in report.items() if name not in ("already_done", "left_to_others")}
 
 
+def test_examples_are_of_different_files(tmp_path):
+    write_clip(tmp_path / "in" / "flicker.mp4", noise(20), "a shot a frame")
+    write_clip(tmp_path / "in" / "good.mp4", plain(20, (200, 40, 90)), "good")
+    write_clip(tmp_path / "in" / "short.mp4", plain(3, (40, 200, 90)), "short")
+    report, _ = run(tmp_path / "in", tmp_path / "out")
+    assert report["dropped"]["too short"] > 5
+    assert report["examples"]["too short"] == ["flicker.mp4 at frame 0", "short.mp4 at frame 0"]
+
+
 def test_the_same_input_gives_the_same_bytes(mixed, tmp_path):
     run(mixed, tmp_path / "one", **CONFIG)
     shutil.copytree(mixed, tmp_path / "copy")

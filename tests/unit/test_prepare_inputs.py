@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -133,6 +134,44 @@ def test_hdr_and_interlaced_video_is_counted(tmp_path):
     report, shards = run(tmp_path / "in", tmp_path / "out")
     assert report["dropped"] == {"HDR": 2, "interlaced": 1}
     assert [shards.read(i)["txt"] for i in range(len(shards))] == [b"plain"]
+
+
+def test_a_folder_that_cannot_be_listed_is_counted_and_the_input_itself_refused(videos, tmp_path, monkeypatch):
+    def locked(name: str) -> None:
+        listed = os.scandir
+
+        def scandir(path):
+            if isinstance(path, str | Path) and Path(path).name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    for name in ("one", "two", "four"):
+        (videos / f"{name}.txt").write_text(name)
+    (videos / ".hidden").mkdir()
+    locked(".hidden")
+    locked("deep")
+    report, _ = run(videos, tmp_path / "out", min_frames=4)
+    assert report["dropped"] == {"unreadable folder": 1}
+    assert report["examples"] == {"unreadable folder": ["deep (Permission denied)"]}
+    locked(videos.name)
+    with pytest.raises(DataError, match=f"prepare.input={videos}: Permission denied"):
+        run(videos, tmp_path / "other")
+
+
+def test_captions_that_cannot_be_read_are_refused(videos, tmp_path, monkeypatch):
+    (videos / "captions.jsonl").write_text("")
+    opened = Path.open
+
+    def denied(path, *how, **more):
+        if path.name == "captions.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(DataError, match=r"captions\.jsonl: Permission denied"):
+        run(videos, tmp_path / "out")
 
 
 def test_captions_jsonl_may_have_several_captions(tmp_path):
