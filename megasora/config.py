@@ -67,7 +67,9 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"--config {file}: {' '.join(str(error).split())}".replace('"<unicode string>", ', "")
+        ) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--config {file}: a mapping of sections is expected")
     base = raw.pop("base", None)

@@ -121,8 +121,7 @@ def look(args: argparse.Namespace) -> None:
         verdict = {"ok": not any(checked.values())} if checked else {}
         print(json.dumps(verdict | {"checkpoints": [_record(info, checked.get(info.path)) for info in found]}))
     else:
-        for line in _table(found, checked):
-            print(line)
+        print("\n".join(_table(found, checked)) if found else f"{args.path}: no checkpoints")
     damaged = {path: problems for path, problems in checked.items() if problems}
     if args.action == "verify" and damaged:
         raise CheckpointError("; ".join(str(damage(path, problems)) for path, problems in damaged.items()))

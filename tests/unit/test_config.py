@@ -176,3 +176,9 @@ if __name__ == "__main__":
     for file in CONFIGS:
         resolved = flatten(to_dict(load_config(file, [])))
         (GOLDEN / f"{file.stem}.json").write_text(json.dumps(resolved, indent=0) + "\n")
+
+
+def test_a_file_that_is_no_yaml_is_named_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("run: {seed: 3\nmodel:\n")
+    with pytest.raises(ConfigError, match=r"^--config .*run\.yaml: .* in line 2, column 6: "):
+        load_config(tmp_path / "run.yaml", [])
