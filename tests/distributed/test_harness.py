@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -72,17 +73,17 @@ def holds_a_lock(directory: Path) -> None:
 
 def test_ranks_end_with_tests_that_are_killed(tmp_path: Path) -> None:
     call = f"run_distributed(holds_a_lock, 2, Path({str(tmp_path)!r}), timeout=600)"
-    tests = subprocess.Popen(
-        [sys.executable, "-c", f"from tests.distributed.test_harness import *\n{call}"], cwd=Path(__file__).parents[2]
-    )
-    deadline = time.monotonic() + 120
-    locks = [tmp_path / "0", tmp_path / "1"]
-    while not all(lock.exists() and lock.read_text() for lock in locks):
-        assert tests.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    tests.kill()
-    tests.wait()
+    words = [sys.executable, "-c", f"from tests.distributed.test_harness import *\n{call}"]
+    with tempfile.TemporaryDirectory() as left:  # by Python itself, of what is killed; a short name, for sockets
+        tests = subprocess.Popen(words, cwd=Path(__file__).parents[2], env=os.environ | {"TMPDIR": left})
+        deadline = time.monotonic() + 120
+        locks = [tmp_path / "0", tmp_path / "1"]
+        while not all(lock.exists() and lock.read_text() for lock in locks):
+            assert tests.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        tests.kill()
+        tests.wait()
     deadline = time.monotonic() + 30
     for lock in locks:
         with lock.open() as file:
