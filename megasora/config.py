@@ -61,15 +61,14 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """One YAML file merged over its `base:` (a path beside it): mappings merge, everything else replaces. `above`: the files that
     lie over this one."""
     try:
-        raw = yaml.safe_load(file.read_text()) or {}
+        with file.open() as stream:  # not its text alone: errors name the file and the place in it
+            raw = yaml.safe_load(stream) or {}
     except FileNotFoundError:
         raise ConfigError(f"--config {file}: no such file") from None
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"--config {file}: {' '.join(str(error).split())}".replace('"<unicode string>", ', "")
-        ) from None
+        raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--config {file}: a mapping of sections is expected")
     base = raw.pop("base", None)

@@ -92,7 +92,7 @@ def _tree(root: Path, output: Path, drop: Drop) -> Inputs:
     made = f"{output.relative_to(root.resolve()).as_posix()}/" if output.is_relative_to(root.resolve()) else None
     names, found = [], 0
     for name, path in sorted(files.items()):
-        if any(part.startswith(".") for part in name.split("/")) or name == CAPTIONS or path.suffix.lower() == ".txt":
+        if path.name.startswith(".") or name == CAPTIONS or path.suffix.lower() == ".txt":
             continue
         if made is not None and name.startswith(made):
             continue
@@ -126,16 +126,15 @@ def _files_below(root: Path, drop: Drop) -> dict[str, Path]:
         folder = Path(error.filename)
         if folder == root:
             raise DataError(f"prepare.input={root}: {error.strerror}")
-        name = folder.relative_to(root).as_posix()
-        if not any(part.startswith(".") for part in name.split("/")):
-            drop("unreadable folder", f"{name} ({error.strerror})")
+        drop("unreadable folder", f"{folder.relative_to(root).as_posix()} ({error.strerror})")
 
     files = {}
-    for folder, _, names in os.walk(root, onerror=not_listed):
+    for folder, below, names in os.walk(root, onerror=not_listed):
+        below[:] = [name for name in below if not name.startswith(".")]
         for path in (Path(folder) / name for name in names):
             with suppress(
                 PermissionError
-            ):  # of a folder that may be listed and not entered: its files cannot be read either
+            ):  # where a folder may be listed only: its files will be counted as unreadable
                 if not path.is_file():
                     continue
             files[path.relative_to(root).as_posix()] = path

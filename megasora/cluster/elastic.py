@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megasora.parallel.layout import Layout, check_share, parse_layout
+from megasora.parallel.layout import Layout
 
 
 def shrunken_layout(layout: Layout, world: int, global_batch: int) -> Layout | None:
@@ -23,12 +23,10 @@ def shrunken_layout(layout: Layout, world: int, global_batch: int) -> Layout | N
     return replace(layout, dp_replicate=1, dp_shard=dp)
 
 
-def layouts_by_nodes(text: str, nodes: int, least: int, nproc: int, global_batch: int) -> dict[int, str]:
+def layouts_by_nodes(layout: Layout, nodes: int, least: int, nproc: int, global_batch: int) -> dict[int, str]:
     """node count -> `parallel.layout`, the most nodes first: those of `least` to `nodes` for which the rule has a layout.
 
-    Raises ConfigError if even all nodes do not fit the layout.
+    `layout` is that of all nodes, whose data-parallel ranks share the batch evenly.
     """
-    layout = parse_layout(text, nodes * nproc)
-    check_share(global_batch, layout)
     found = {count: shrunken_layout(layout, count * nproc, global_batch) for count in range(nodes, least - 1, -1)}
     return {count: str(layout) for count, layout in found.items() if layout is not None}

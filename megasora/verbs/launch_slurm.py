@@ -116,11 +116,10 @@ def describe(args: argparse.Namespace, configs: list[Config], arguments: list[st
     nproc = args.nproc or (1 if args.verb in ALONE else max(1, args.gpus_per_node))
     layouts = {args.nodes: ""}
     for config in configs if args.verb in ("train", "bench") else []:
-        check_share(config.data.global_batch, parse_layout(config.parallel.layout, args.nodes * nproc))
+        layout = parse_layout(config.parallel.layout, args.nodes * nproc)
+        check_share(config.data.global_batch, layout)
         if args.min_nodes:
-            found = layouts_by_nodes(
-                config.parallel.layout, args.nodes, args.min_nodes, nproc, config.data.global_batch
-            )
+            found = layouts_by_nodes(layout, args.nodes, args.min_nodes, nproc, config.data.global_batch)
             if config is not configs[0] and found != layouts:
                 raise ConfigError(f"launch: --min-nodes={args.min_nodes}: the tasks of a sweep must have one layout")
             layouts = found

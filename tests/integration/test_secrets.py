@@ -91,18 +91,8 @@ def test_a_job_and_a_record_of_a_node(road: Road, tmp_path: Path) -> None:
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 7\n")
     (tmp_path / "sbatch").chmod(0o755)
     run, reports = road.directory / "secret-job", road.directory / "secret-doctor"
-    job = [
-        "launch",
-        "slurm",
-        "train",
-        "--config",
-        str(road.config),
-        "--gpus-per-node",
-        "2",
-        f"--run.dir={run}",
-        "--doctor",
-    ]
-    said = megasora(job, road.directory, 0, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    job = ["launch", "slurm", "train", "--gpus-per-node", "2", "--config", str(road.config), f"--run.dir={run}"]
+    said = megasora([*job, "--doctor"], road.directory, 0, PATH=f"{tmp_path}:{os.environ['PATH']}")
     said += megasora(["doctor", "--json", "--reports", str(reports)], road.directory, 0)
     assert (run / "launch" / "0000" / "job.sbatch").exists()
     assert leaks(said, run, reports) == []

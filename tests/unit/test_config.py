@@ -154,6 +154,12 @@ def test_bad_files_are_one_line_with_the_name(tmp_path: Path, text: str) -> None
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_is_no_yaml_is_named_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("run: {seed: 3\nmodel:\n")
+    with pytest.raises(ConfigError, match=r'^--config .*run\.yaml: .* in ".*run\.yaml", line 2, column 6$'):
+        load_config(tmp_path / "run.yaml", [])
+
+
 def test_a_resolved_config_repeats_the_run(tmp_path: Path) -> None:
     config = load_config(DEMO, ["--optim.lr=3e-5"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
@@ -176,9 +182,3 @@ if __name__ == "__main__":
     for file in CONFIGS:
         resolved = flatten(to_dict(load_config(file, [])))
         (GOLDEN / f"{file.stem}.json").write_text(json.dumps(resolved, indent=0) + "\n")
-
-
-def test_a_file_that_is_no_yaml_is_named_with_the_place(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("run: {seed: 3\nmodel:\n")
-    with pytest.raises(ConfigError, match=r"^--config .*run\.yaml: .* in line 2, column 6: "):
-        load_config(tmp_path / "run.yaml", [])

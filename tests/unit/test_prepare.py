@@ -19,6 +19,7 @@ from data_pipelines.prepare.run import PrepareConfig, prepare
 from data_pipelines.samples.latents import read_label
 from data_pipelines.shards.tars import ShardSet
 from data_pipelines.video.files import decode, probe
+from megasora.cli import main
 from tests.clips import noise, numbered, quadrants, read_number, video_bytes, write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +181,14 @@ def test_examples_are_of_different_files(tmp_path):
     report, _ = run(tmp_path / "in", tmp_path / "out")
     assert report["dropped"]["too short"] > 5
     assert report["examples"]["too short"] == ["flicker.mp4 at frame 0", "short.mp4 at frame 0"]
+
+
+def test_who_gets_nothing_but_short_pieces_hears_of_the_threshold(tmp_path, capfd):
+    write_clip(tmp_path / "in" / "flicker.mp4", noise(20), "a shot a frame")
+    write_clip(tmp_path / "in" / "good.mp4", plain(20, (200, 40, 90)), "good")
+    words = ["--config", str(ROOT / "configs/base.yaml"), f"--prepare.input={tmp_path / 'in'}"]
+    assert main(["prepare", *words, f"--prepare.output={tmp_path / 'out'}"]) == 0
+    assert "prepare.shot_threshold=27" in capfd.readouterr().err
 
 
 def test_the_same_input_gives_the_same_bytes(mixed, tmp_path):

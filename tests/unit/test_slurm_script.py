@@ -252,7 +252,7 @@ def test_the_layout_of_fewer_processes(layout: str, world: int, batch: int, expe
 
 
 def test_node_counts_without_a_layout_are_left_out() -> None:
-    assert layouts_by_nodes("auto", 4, 1, 2, 8) == {4: "dp8,zero2", 2: "dp4,zero2", 1: "dp2,zero2"}
+    assert layouts_by_nodes(parse_layout("auto", 8), 4, 1, 2, 8) == {4: "dp8,zero2", 2: "dp4,zero2", 1: "dp2,zero2"}
 
 
 if __name__ == "__main__":
