@@ -132,9 +132,8 @@ def _files_below(root: Path, drop: Drop) -> dict[str, Path]:
     for folder, below, names in os.walk(root, onerror=not_listed):
         below[:] = [name for name in below if not name.startswith(".")]
         for path in (Path(folder) / name for name in names):
-            with suppress(
-                PermissionError
-            ):  # where a folder may be listed only: its files will be counted as unreadable
+            # Where a folder may be listed only, its files will be counted as unreadable.
+            with suppress(PermissionError):
                 if not path.is_file():
                     continue
             files[path.relative_to(root).as_posix()] = path

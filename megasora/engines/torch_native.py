@@ -156,7 +156,7 @@ class TorchNative:
             model.attention = kind(model.attention, processes.contexts)
         if layout.tp > 1:
             split_model(model, plan, processes.mesh["tp"], layout.sequence_parallel)
-        to_fp8(model, config.fp8, config.fp8_gather)
+        to_fp8(model, config.fp8, processes.device if config.fp8_gather else None)
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
         recompute(model.blocks.children(), parallel.recompute)
         if parallel.compile:

@@ -87,10 +87,11 @@ def fp8_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | ColumnLinear
         raise ConfigError(f"precision.fp8: no layer of the blocks has sizes that are multiples of {MULTIPLE}")
 
 
-def to_fp8(model: nn.Module, recipe: FP8, gather_fp8: bool = False) -> None:
+def to_fp8(model: nn.Module, recipe: FP8, gather_on: torch.device | None = None) -> None:
     """Turns the products of the model's blocks, in place; before the weights are sharded and after they are split.
 
-    With `gather_fp8` FSDP2 gathers the weights as fp8 (tensor only): half the bytes of bf16.
+    With `gather_on` FSDP2 gathers the weights as fp8 (tensor only), half the bytes of bf16, on that device: the model may still
+    be on meta.
     """
     if recipe == "none":
         return
@@ -103,8 +104,8 @@ def to_fp8(model: nn.Module, recipe: FP8, gather_fp8: bool = False) -> None:
             layer.product = product
             continue
         new = Fp8Linear.of(layer, product)
-        if gather_fp8:
-            new.weight = gathered_as_fp8(new.weight)
+        if gather_on is not None:
+            new.weight = gathered_as_fp8(new.weight, gather_on)
         replace_layer(model, name, new)
 
 
@@ -166,11 +167,11 @@ PRODUCTS: dict[str, Product] = {
 }
 
 
-def gathered_as_fp8(weight: Tensor) -> nn.Parameter:
+def gathered_as_fp8(weight: Tensor, device: torch.device) -> nn.Parameter:
     """The weight as a tensor that FSDP2 gathers in fp8, scaled by the largest value over all shards."""
     from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
-    _, products = torchao_config("tensor", emulate=weight.device.type == "cpu")
+    _, products = torchao_config("tensor", emulate=device.type == "cpu")
     return nn.Parameter(WeightWithDynamicFloat8CastTensor(weight.detach(), products, torch.float8_e4m3fn))
 
 

@@ -65,19 +65,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-ADAMW = OptimConfig(clip=0.5)
+ADAMW, PLAIN = OptimConfig(clip=0.5), EngineConfig()
 
 
-def train(layout: str, optim: OptimConfig = ADAMW, precision: str = "fp32") -> dict[str, Any]:
+def train(layout: str, optim: OptimConfig = ADAMW, config: EngineConfig = PLAIN) -> dict[str, Any]:
     """Two updates on the four samples; what came of it, whole, on every rank."""
     world, rank = dist.get_world_size(), dist.get_rank()
     parsed = parse_layout(layout, world)
     shape = (1, parsed.dp_replicate, parsed.dp_shard, 1, 1)
     mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
     group = Processes(rank, world, torch.device("cpu"), parsed, mesh)
-    engine = TorchNative(
-        partial(NoisyDiT, CONFIG), 7, group, ParallelConfig(), EngineConfig(precision=precision), optim, []
-    )
+    engine = TorchNative(partial(NoisyDiT, CONFIG), 7, group, ParallelConfig(), config, optim, [])
     share = 4 // world
     samples = range(group.data_rank * share, (group.data_rank + 1) * share)
     rows = [row_of([i]) for i in samples] if world > 1 else [row_of([0, 1]), row_of([2, 3])]
@@ -96,7 +94,15 @@ def muon(layout: str) -> dict[str, Any]:
 
 
 def bf16(layout: str) -> dict[str, Any]:
-    return train(layout, precision="bf16")
+    return train(layout, config=EngineConfig(precision="bf16"))
+
+
+def fp8() -> list[dict[str, Any]]:
+    """With weights gathered in bf16, and as fp8."""
+    return [
+        train("dp2,zero3", config=EngineConfig(precision="bf16", fp8="tensor", fp8_gather=gather))
+        for gather in (False, True)
+    ]
 
 
 def alone() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -123,6 +129,12 @@ def test_muon_is_the_same_sharded_and_bf16_follows_fp32() -> None:
                 assert torch.allclose(result["state"][name], expected, rtol=1e-4, atol=1e-5), name
             moved = [n for n in by_muon["state"] if n.endswith("momentum_buffer")]
             assert len(moved) == 20  # 2 blocks x (8 attention + 2 MLP) matrices
+
+
+def test_weights_gathered_as_fp8_are_those_cast_after_gathering() -> None:
+    for plain, gathered in run_distributed(fp8, 2):
+        assert gathered["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+        assert gathered["norms"] == pytest.approx(plain["norms"], rel=1e-3)
 
 
 def by_hand() -> dict[str, Any]:

@@ -19,7 +19,7 @@ def gradients(recipe: FP8, how: str) -> dict[str, torch.Tensor]:
     if how == "tp":
         split_model(model, PLANS["video_dit"], init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))["tp"])
         part = (dist.get_rank(), 2, 2)
-    to_fp8(model, recipe, gather_fp8=how == "fsdp_fp8")
+    to_fp8(model, recipe, torch.device("cpu") if how == "fsdp_fp8" else None)
     if how.startswith("fsdp"):
         shard_model(model, model, init_device_mesh("cpu", (2,)), keep=False, lower=True)
     loss(model, 0, part=part).backward()
