@@ -39,6 +39,17 @@ def fp8_gemm_reference(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor
     return (dequantise(a, "row") @ right.T).to(dtype)
 
 
+@torch.library.custom_op("megasora_kernels::fp8_gemm_reference", mutates_args=())
+def _in_torch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same as one operator for torch.compile: torch 2.13's inductor makes code for CPUs that computes something else."""
+    return fp8_gemm_reference(Quantised(a, a_scale), Quantised(b, b_scale), dtype)
+
+
+@_in_torch.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
 def _set_block(arguments: dict[str, Any]) -> None:
     """The descriptor's block follows the tile."""
     arguments["a"].block_shape = [arguments["block_rows"], GROUP]
@@ -125,4 +136,6 @@ def fp8_gemm(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
     if a.scale.shape != (M, across) or b.scale.shape not in ((N, across), (tiles, across)):
         shapes = f"{[*a.scale.shape]}, {[*b.scale.shape]}"
         raise ValueError(f"scales must be {[M, across]} of a, {[N, across]} or {[tiles, across]} of b: {shapes}")
-    return fp8_gemm_triton(a, b, dtype) if a.data.is_cuda else fp8_gemm_reference(a, b, dtype)
+    if a.data.is_cuda:
+        return fp8_gemm_triton(a, b, dtype)
+    return _in_torch(*a, *b, dtype) if torch.compiler.is_compiling() else fp8_gemm_reference(a, b, dtype)

@@ -79,6 +79,17 @@ def quantise_both_reference(
     return quantise_reference(x, scaling, dtype), quantise_reference(x.T, scaling, dtype)
 
 
+@torch.library.custom_op("megasora_kernels::quantise_both_reference", mutates_args=())
+def _both_in_torch(x: Tensor, scaling: str, dtype: torch.dtype) -> list[Tensor]:
+    """The same as one operator for torch.compile: torch 2.13's inductor fails at code for CPUs that does both."""
+    return [t.contiguous() for result in quantise_both_reference(x, scaling, dtype) for t in result]  # type: ignore[arg-type]
+
+
+@_both_in_torch.register_fake
+def _(x: Tensor, scaling: str, dtype: torch.dtype) -> list[Tensor]:
+    return empty_results(x, x.shape[0], x.shape[1], scaling, dtype, True)
+
+
 @jit
 def _amax_kernel(x: tl.tensor, parts: tl.tensor, size: tl.tensor, block: tl.constexpr) -> None:
     """One program: the largest of `block` neighbours."""
@@ -243,7 +254,12 @@ def quantise(x: Tensor, scaling: Scaling, dtype: torch.dtype = torch.float8_e4m3
 def quantise_both(x: Tensor, scaling: Scaling, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Quantised, Quantised]:
     """The same of x [M, N] and of its transpose [N, M], read once."""
     _check(x, scaling, dtype)
-    return quantise_both_triton(x, scaling, dtype) if x.is_cuda else quantise_both_reference(x, scaling, dtype)
+    if x.is_cuda:
+        return quantise_both_triton(x, scaling, dtype)
+    if torch.compiler.is_compiling():
+        data, scale, turned, turned_scale = _both_in_torch(x, scaling, dtype)
+        return Quantised(data, scale), Quantised(turned, turned_scale)
+    return quantise_both_reference(x, scaling, dtype)
 
 
 def _check(x: Tensor, scaling: str, dtype: torch.dtype) -> None:

@@ -160,7 +160,7 @@ class TorchNative:
         stages = Stages(model, processes.pipeline) if layout.pp > 1 else None
         recompute(model.blocks.children(), parallel.recompute)
         if parallel.compile:
-            compile_blocks(model.blocks.children())
+            compile_blocks(model.blocks.children(), fp8=config.fp8 != "none")
         if parallel.offload:
             offload(model.blocks.children())
         lower = config.precision == "bf16"

@@ -14,13 +14,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megasora_kernels.fp8_linear import fp8_linear
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from megasora.errors import ConfigError
 from megasora.models.flash import lacks
@@ -95,11 +95,12 @@ def to_fp8(model: nn.Module, recipe: FP8, gather_on: torch.device | None = None)
     """
     if recipe == "none":
         return
+    if recipe not in TE:
+        product = product_of(recipe)
     for name, layer in list(fp8_layers(model)):
         if recipe in TE:
             replace_layer(model, name, te_linear(layer))
             continue
-        product = PRODUCTS[recipe]
         if isinstance(layer, ColumnLinear | RowLinear):
             layer.product = product
             continue
@@ -120,16 +121,22 @@ def working_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def torchao_product(recipe: FP8, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def torchao_product(recipe: FP8) -> Product:
     """By torchao's own function, which Float8Linear calls too; that class asks for autocast on CUDA only."""
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 
-    config, products = torchao_config(recipe, emulate=x.device.type == "cpu")
-    dtype = working_type(x)
-    with torch.autocast(x.device.type, enabled=False):
-        w = weight if type(weight).__name__ == "Float8TrainingTensor" else weight.to(dtype)
-        y: Tensor = matmul_with_hp_or_float8_args.apply(x.to(dtype), w.t(), products, config)
-        return y if bias is None else y + bias.to(dtype)
+    # Made here: torch.compile would cut its graphs where they are made.
+    for_cpus, for_gpus = (torchao_config(recipe, emulate) for emulate in (True, False))
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        config, products = for_cpus if x.device.type == "cpu" else for_gpus
+        dtype = working_type(x)
+        with torch.autocast(x.device.type, enabled=False):
+            w = weight if type(weight).__name__ == "Float8TrainingTensor" else weight.to(dtype)
+            y: Tensor = matmul_with_hp_or_float8_args.apply(x.to(dtype), w.t(), products, config)
+            return y if bias is None else y + bias.to(dtype)
+
+    return product
 
 
 def torchao_config(recipe: FP8, emulate: bool) -> tuple[Any, Any]:
@@ -154,17 +161,18 @@ def in_sixteens(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Takes any number of tokens: captions come as they are, and fp8 products want multiples. Rows of zeros change no scale."""
 
     def padded(x: Tensor, *rest: Tensor | None) -> Tensor:
-        more = -len(x) % MULTIPLE
-        return product(F.pad(x, (0, 0, 0, more)), *rest)[: len(x)] if more else product(x, *rest)
+        tokens = x.shape[0]
+        if statically_known_true(tokens % MULTIPLE == 0):
+            return product(x, *rest)
+        # A graph for any number of words always pads, by nothing too.
+        return product(F.pad(x, (0, 0, 0, -tokens % MULTIPLE)), *rest)[:tokens]
 
     return padded
 
 
-PRODUCTS: dict[str, Product] = {
-    "tensor": in_sixteens(partial(torchao_product, "tensor")),
-    "row": in_sixteens(partial(torchao_product, "row")),
-    "block": in_sixteens(block_product),
-}
+def product_of(recipe: FP8) -> Product:
+    """The function of (x [L, D], weight [N, D], bias [N] or None) -> [L, N] for any L."""
+    return in_sixteens(block_product if recipe == "block" else torchao_product(recipe))
 
 
 def gathered_as_fp8(weight: Tensor, device: torch.device) -> nn.Parameter:

@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from megasora.engines.torch_native import EngineConfig
 from megasora.parallel.compiled import compile_blocks
 from megasora.parallel.layout import parse_layout
 from megasora.parallel.mesh import AXES, Processes
 from megasora.parity import Outcome, compare, run
 from tests.distributed.test_layouts import config_of, outcomes
 from tests.harness import run_distributed
+
+FP32 = EngineConfig()
 
 
 class Compiled(NamedTuple):
@@ -26,7 +29,9 @@ class Compiled(NamedTuple):
     breaks: dict[str, int]  # why graphs were cut, and how often
 
 
-def compiled(cases: list[tuple[str, str]], backend: str = "aot_eager") -> list[Compiled]:
+def compiled(
+    cases: list[tuple[str, str]], backend: str = "aot_eager", precision: EngineConfig = FP32
+) -> list[Compiled]:
     """Of (family, layout@recompute) pairs, as `outcomes` has them."""
     found = []
     for family, layout in cases:
@@ -39,7 +44,7 @@ def compiled(cases: list[tuple[str, str]], backend: str = "aot_eager") -> list[C
         mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=AXES)
         group = Processes(rank, world, torch.device("cpu"), parsed, mesh)
         config = config_of(family, recompute or "none")
-        config = replace(config, parallel=replace(config.parallel, compile=True))
+        config = replace(config, precision=precision, parallel=replace(config.parallel, compile=True))
         with patch("megasora.engines.torch_native.compile_blocks", partial(compile_blocks, backend=backend)):
             outcome = run(config, group)
         found.append(Compiled(outcome, counters["stats"]["unique_graphs"], dict(counters["graph_break"])))
@@ -100,6 +105,28 @@ def test_more_layouts(world: int, reference: dict[str, Outcome]) -> None:
 @pytest.mark.parametrize("world, layout", [(1, "dp1@selective"), (2, "dp2,zero3@full")])
 def test_inductors_code_computes_the_same(world: int, layout: str, reference: dict[str, Outcome]) -> None:
     check({("video_dit", layout): 1}, world, reference, "inductor")
+
+
+def in_fp8(world: int) -> list[tuple[str, Outcome, Compiled]]:
+    """Plain and compiled blocks, by recipe."""
+    found = []
+    for recipe, gather in (("tensor", world > 1), ("row", False), ("block", False)):
+        precision = EngineConfig(precision="bf16", fp8=recipe, fp8_gather=gather)
+        layout = "dp2,zero3" if world > 1 else "dp1@selective"
+        with patch("megasora.engines.torch_native.compile_blocks"):
+            ((plain, *_),) = compiled([("video_dit", layout)], precision=precision)
+        found += [(recipe, plain, each) for each in compiled([("video_dit", layout)], precision=precision)]
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_compiled_blocks_in_fp8(world: int) -> None:
+    for found in run_distributed(in_fp8, world, world):
+        for recipe, plain, each in found:
+            difference = compare(plain, each.outcome)
+            assert difference.worst <= 1e-5, f"{recipe}: {difference}"
+            assert each.breaks == {}, recipe
+            assert 0 < each.graphs <= 2, (recipe, each.graphs)
 
 
 def lengths_in_the_graph() -> Any:
