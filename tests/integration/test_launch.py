@@ -283,7 +283,7 @@ def test_the_error_of_any_rank_is_named_at_the_end(notes: Path) -> None:
 
 
 def test_usr1_while_the_workers_still_start(notes: Path) -> None:
-    launcher = _start([_case(notes, "train:0.5:0.5", "train:1:0")])
+    launcher = _start([_case(notes, "train:2:0.5", "train:2.5:0")])
     _await(launcher, notes / "pid.0", notes / "pid.1")
     assert not (notes / "listening.0").exists()
     launcher.send_signal(signal.SIGUSR1)

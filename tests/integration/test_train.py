@@ -98,13 +98,13 @@ def test_killed_and_resumed_is_identical_bit_for_bit(
     reached = history(run)[-1]["step"]
     assert 27 <= reached < 40
     saved = max(info.step for info in list_checkpoints(run / "checkpoints") if info.complete)
-    assert saved in (20, 30)  # the save of step 30 may have been under way
+    assert saved in (10, 20, 30)  # on a slow disk the later ones may have been under way
     road.run("train", f"--run.dir={run}", nproc=nproc)
     lines = list(read_lines(run / "metrics.jsonl"))
     again = [line["step"] for line in lines if line["attempt"] == 1]
     assert again[0] == saved + 1
     assert identical(run) == identical(reference)
-    assert not {m["attempt"] for m in history(run)[:20]} - {0}
+    assert not {m["attempt"] for m in history(run)[:saved]} - {0}
 
 
 def test_one_and_two_processes_have_the_same_losses(road: Road, straight: Path) -> None:
