@@ -95,12 +95,13 @@ def to_fp8(model: nn.Module, recipe: FP8, gather_on: torch.device | None = None)
     """
     if recipe == "none":
         return
-    if recipe not in TE:
-        product = product_of(recipe)
-    for name, layer in list(fp8_layers(model)):
-        if recipe in TE:
+    layers = list(fp8_layers(model))
+    if recipe in TE:
+        for name, layer in layers:
             replace_layer(model, name, te_linear(layer))
-            continue
+        return
+    product = product_of(recipe)
+    for name, layer in layers:
         if isinstance(layer, ColumnLinear | RowLinear):
             layer.product = product
             continue

@@ -135,6 +135,7 @@ def test_weights_gathered_as_fp8_are_those_cast_after_gathering() -> None:
     for plain, gathered in run_distributed(fp8, 2):
         assert gathered["losses"] == pytest.approx(plain["losses"], rel=1e-3)
         assert gathered["norms"] == pytest.approx(plain["norms"], rel=1e-3)
+        assert gathered["losses"] != plain["losses"]  # cast from fp32, not from bf16
 
 
 def by_hand() -> dict[str, Any]:
