@@ -155,7 +155,7 @@ def test_a_fast_worker_takes_more_shards(tmp_path: Path) -> None:
     results = FORKS.Queue()
     processes = [
         FORKS.Process(target=encode_at_a_pace, args=(str(source), str(output), pause, results))
-        for pause in (0.03, 0.15)
+        for pause in (0.1, 0.8)
     ]
     for process in processes:
         process.start()
