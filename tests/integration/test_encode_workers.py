@@ -154,8 +154,7 @@ def test_a_fast_worker_takes_more_shards(tmp_path: Path) -> None:
     write_clips(source, shards=16, per_shard=1)
     results = FORKS.Queue()
     processes = [
-        FORKS.Process(target=encode_at_a_pace, args=(str(source), str(output), pause, results))
-        for pause in (0.1, 0.8)
+        FORKS.Process(target=encode_at_a_pace, args=(str(source), str(output), pause, results)) for pause in (0.1, 0.8)
     ]
     for process in processes:
         process.start()
